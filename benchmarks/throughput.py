@@ -1,0 +1,176 @@
+"""What Calibrant adds to the arithmetic: its steps over bare ones, measured side by side in one run.
+
+    python benchmarks/throughput.py [--threads 2] [--network cifar10_resnet20 resnet18]
+
+Synthesis: seconds of a training step of the DSG generator over a bare forward and backward (to the pixels) of the same
+teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same forward,
+loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. Rounds alternate between the two, so that other load on
+the machine falls on both; the figure is the ratio of the medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+
+from callbacks.report import write_csv
+from callbacks.run_record import commit, machine
+from lightning_modules.job import quieten
+from networks.teachers import Teacher
+from quantizers.calibrate import calibrate_ranges
+from quantizers.convert import convert
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "throughput.csv"
+CASES = {"cifar10_resnet20": 64, "resnet18": 8}  # network -> batch of both loops
+
+
+class StepTimer(pl.Callback):
+    """Seconds from the first to the last step's end, without what surrounds the loop."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median time between the ends of two steps."""
+        return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))
+
+
+def fit_timed(module: pl.LightningModule, datamodule: pl.LightningDataModule | None = None, **arguments: Any) -> float:
+    """Seconds a step inside a Trainer."""
+    timer = StepTimer()
+    arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(accelerator="cpu", callbacks=[timer], enable_model_summary=False, **arguments).fit(
+        module, datamodule=datamodule
+    )
+    return timer.seconds_per_step
+
+
+def plain_timed(step: Callable[[], None], steps: int) -> float:
+    """Median seconds of a call."""
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        step()
+        marks.append(time.perf_counter())
+    return statistics.median(b - a for a, b in itertools.pairwise(marks))
+
+
+def synthesis(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
+    """Seconds of our step and of a bare one."""
+    module = instantiate(cfg.generator)(network=teacher.network, input_size=teacher.input_size, count=batch, seed=0)
+    ours = fit_timed(module, max_epochs=1)
+    images = torch.randn(batch, *teacher.input_size).requires_grad_()
+
+    def bare() -> None:
+        images.grad = None
+        teacher.network(images).sum().backward()
+
+    return ours, plain_timed(bare, steps)
+
+
+def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
+    """Seconds of our step and of a plain loop's, on the network's second block."""
+    images = torch.randn(batch, *teacher.input_size)
+    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
+    conversion = convert(teacher.network, teacher.example(), *parts)
+    calibrate_ranges(conversion.student, images, batch)
+    module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
+    target_epoch = 2
+    module.epochs = module.epochs[: target_epoch + 1]
+    timer = fit_timed(module, datamodule, **(module.trainer_arguments() | {"max_epochs": target_epoch + 1}))
+    return timer, plain_reconstruction(cfg, conversion, images, target_epoch, steps)
+
+
+def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
+    """Seconds a step of a loop without Lightning on the same unit: forward, loss, backward, Adam."""
+    module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
+    cache = datamodule.open_cache(module, torch.device("cpu"))
+    module.enter(epoch, cache)
+    learnables = module.learnables[module.epochs[epoch].unit]
+    groups = [{"params": g["params"], "lr": g["lr"]} for g in learnables.groups(module.epochs[epoch].phase)]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups)
+    index = torch.arange(cfg.reconstruction.batch_size) % len(images)
+    unit = cache.student_module
+
+    def step() -> None:
+        inputs = [x[index] for x in cache.student_inputs]
+        targets = [x[index] for x in cache.targets]
+        error = (unit(*inputs) - targets[0]).square().sum(1).mean()
+        loss = error + 0.1 * learnables.regularizer(0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return plain_timed(step, steps)
+
+
+def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Two rows for a network."""
+    batch = CASES[network]
+    overrides = [f"model={network}", "model.pretrained=false", "generator=dsg", "generator.layer_weights=null"]
+    overrides += [f"generator.batch_size={batch}", "generator.slack.images=8", f"generator.steps={options.steps}"]
+    overrides += [f"reconstruction={options.reconstruction}", f"reconstruction.iterations={options.steps}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    teacher: Teacher = instantiate(cfg.model)
+    rows = []
+    for stage, function, goal in (("synthesis", synthesis, 1.25), ("reconstruction", reconstruction, 1.15)):
+        pairs = [function(cfg, teacher, batch, options.steps) for _ in range(options.rounds)]
+        ours, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        size = batch if stage == "synthesis" else cfg.reconstruction.batch_size
+        rows.append(
+            {
+                "network": network, "stage": stage, "batch": size, "ratio": round(ratio, 3), "goal": goal,
+                "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": options.steps,
+                "rounds": options.rounds, "machine": machine(), "commit": commit(),
+                "date": datetime.now(UTC).date().isoformat(),
+            }
+        )  # fmt: skip
+        print(
+            f"{network:18} {stage:15} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  bare {bare:.4f} s", flush=True
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and replace these networks' rows in benchmarks/results/throughput.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--reconstruction", default="brecq", help="option of conf/reconstruction")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    quieten()
+    rows = [row for network in options.network for row in measure(network, options)]
+    old: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if row["network"] not in options.network]
+    write_csv(RESULTS, old + rows)
+
+
+if __name__ == "__main__":
+    main()

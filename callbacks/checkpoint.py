@@ -1,0 +1,49 @@
+"""Checkpoints to resume from: one file a stage, replaced every minute, gone when the stage is done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class StageCheckpoint(pl.Callback):
+    """Write `<folder>/<stage>.ckpt` every `every_seconds` at the end of a step, by a temporary name and a rename.
+
+    The file is complete whenever it exists. It is deleted when its stage ends well: what the stage made is then
+    stored elsewhere (images in the store) or in the next stage's checkpoint.
+
+    Args:
+        folder: where the checkpoints stand.
+        every_seconds: least time between two of them; 0 writes one at every step.
+    """
+
+    def __init__(self, folder: str, every_seconds: float = 60.0) -> None:
+        self.folder = Path(folder)
+        self.every_seconds = every_seconds
+        self.last = time.monotonic()
+
+    def path(self, module: pl.LightningModule) -> Path:
+        """The file of this module's stage."""
+        return self.folder / f"{getattr(module, 'stage', type(module).__name__)}.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        due = trainer.strategy.broadcast(time.monotonic() - self.last >= self.every_seconds)
+        if not due:
+            return
+        target = self.path(pl_module)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(target)
+        self.last = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.path(pl_module).unlink(missing_ok=True)

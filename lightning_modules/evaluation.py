@@ -1,0 +1,83 @@
+"""EvaluationModule: scores any number of networks against the labels and against a reference in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+TOP_K = 5
+
+
+class EvaluationModule(LightningModule):
+    """Logs `test/<name>/top1`, `top5`, `loss`, and against the reference `agreement` and `kl`.
+
+    Top-1, top-5 and agreement (the share of images on which network and reference predict alike) are in per cent,
+    the cross-entropy loss and KL(reference || network) in nats. Top-5 is left out below five classes, the
+    last two for the reference itself.
+
+    Args:
+        networks: what to score, by name.
+        reference: name of the float network among them.
+
+    Raises:
+        ValueError: if the reference is not among the networks, or a name cannot be a metric's name.
+    """
+
+    stage = "evaluation"
+
+    def __init__(self, networks: Mapping[str, nn.Module], reference: str) -> None:
+        super().__init__()
+        if reference not in networks:
+            raise ValueError(f"reference: expected one of {', '.join(networks) or '(no networks)'}, got {reference!r}")
+        for name in networks:
+            if not name.isidentifier():
+                raise ValueError(f"networks: expected letters, digits and underscores as a name, got {name!r}")
+        self.names = list(networks)
+        self.networks = nn.ModuleList(networks.values())  # a ModuleDict would refuse the name "float"
+        self.reference = reference
+        metrics = ("top1", f"top{TOP_K}", "loss", "agreement", "kl")
+        self.metrics = nn.ModuleDict({f"{name}/{metric}": MeanMetric() for name in networks for metric in metrics})
+
+    def on_test_epoch_start(self) -> None:
+        """Forget an earlier pass."""
+        for metric in self.metrics.values():
+            metric.reset()  # type: ignore[operator]
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Score one batch: images (B, C, H, W) and labels (B,)."""
+        images, labels = batch
+        reference = self.networks[self.names.index(self.reference)](images).float()
+        for name, network in zip(self.names, self.networks, strict=True):
+            if name == self.reference:
+                self._update(name, reference, labels)
+                continue
+            logits = network(images).float()
+            self._update(name, logits, labels)
+            self._compare(name, logits, reference)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured."""
+        for key, metric in self.metrics.items():
+            if metric.update_called:
+                self.log(f"test/{key}", metric.compute())  # type: ignore[operator]
+
+    def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:  # (B, K), (B,)
+        self._add(name, "loss", F.cross_entropy(logits, labels, reduction="none"))
+        self._add(name, "top1", 100.0 * (logits.argmax(1) == labels))
+        if logits.shape[1] >= TOP_K:
+            best = logits.topk(TOP_K, dim=1).indices  # (B, 5)
+            self._add(name, f"top{TOP_K}", 100.0 * (best == labels[:, None]).any(1))
+
+    def _compare(self, name: str, logits: Tensor, reference: Tensor) -> None:  # (B, K) each
+        self._add(name, "agreement", 100.0 * (logits.argmax(1) == reference.argmax(1)))
+        divergence = F.kl_div(logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True)
+        self._add(name, "kl", divergence.sum(1))
+
+    def _add(self, name: str, metric: str, values: Tensor) -> None:  # (B,)
+        target: Any = self.metrics[f"{name}/{metric}"]
+        target.update(values)

@@ -1,0 +1,92 @@
+"""From `conf/reconstruction/*.yaml` to the module and the datamodule of the reconstruction stage."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from datamodules.activations import UnitActivations
+from lightning_modules.block_reconstruction import BlockReconstructionModule
+from quantizers.convert import Conversion
+from reconstruction.memory import Residency
+from reconstruction.objectives import Normalization, PowerError, UnitLoss
+from reconstruction.partition import Granularity, partition
+from reconstruction.schedules import Phase
+
+Phases = Literal["joint", "weights_then_activations", "none"]
+
+
+def build_reconstruction(
+    *,
+    conversion: Conversion,
+    images: Tensor,
+    seed: int,
+    granularity: Granularity = "block",
+    phases: Phases = "joint",
+    iterations: int = 20000,
+    activation_iterations: int | None = None,
+    batch_size: int = 32,
+    drop: float = 0.5,
+    regularizer_weight: float = 100.0,
+    normalization: Normalization = "entry_error",
+    error_power: float = 2.0,
+    bias_lr: float | None = None,
+    rates_stated_for: int | None = None,
+    holdout: float = 0.0,
+    residency: Residency = "auto",
+    forward_batch_size: int = 128,
+) -> tuple[BlockReconstructionModule, UnitActivations]:
+    """The module and its datamodule; the Trainer needs `module.trainer_arguments()`.
+
+    Where nothing is learned (`module.has_work` is false) the student is hardened here, and the stage is to be skipped.
+
+    Args:
+        conversion: student with calibrated ranges, and reference.
+        images: (N, C, H, W) calibration images, normalised.
+        seed: of batches, dropping and held-out images.
+        granularity: layer, block, stage or network.
+        phases: "joint": weights and activation steps together; "weights_then_activations": the weights of all units
+            with float activations, then the activation steps of all units; "none": nothing is learned.
+        iterations: steps per unit for the weights, or jointly.
+        activation_iterations: steps per unit of the second phase; None: a quarter of `iterations`, as BRECQ.
+        batch_size: images per step.
+        drop: QDrop's probability of an element to stay float; 0 switches it off.
+        regularizer_weight: of the mean rounding penalty, against an error that starts near 1.
+        normalization: see `UnitLoss`.
+        error_power: 2 for the squared error.
+        bias_lr: learning rate of biases; None leaves them.
+        rates_stated_for: steps that the quantizers' learning rates are meant for; with fewer they are raised.
+        holdout: share of the images that is never learned from.
+        residency: where activations are kept: auto, device, cpu, half or disk.
+        forward_batch_size: images per forward between units.
+
+    Raises:
+        ValueError: if a choice is unknown or a number out of its range.
+    """
+    second = max(1, iterations // 4) if activation_iterations is None else activation_iterations
+    plans: dict[str, list[tuple[Phase, int]]] = {
+        "joint": [("joint", iterations)],
+        "weights_then_activations": [("weights", iterations), ("activations", second)],
+        "none": [],
+    }
+    if phases not in plans:
+        raise ValueError(f"phases: expected one of {get_args(Phases)}, got {phases!r}")
+    units = partition(conversion.reference, granularity)
+    module = BlockReconstructionModule(
+        conversion.student,
+        units,
+        iterations=plans[phases],
+        batch_size=batch_size,
+        loss=UnitLoss(regularizer_weight, normalization, PowerError(error_power)),
+        drop=drop,
+        bias_lr=bias_lr,
+        rates_stated_for=rates_stated_for,
+        seed=seed,
+    )
+    if not module.has_work:
+        module.harden()
+    datamodule = UnitActivations(
+        conversion.reference, units, images, residency=residency, batch_size=forward_batch_size, holdout=holdout
+    )
+    return module, datamodule

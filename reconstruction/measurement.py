@@ -1,0 +1,84 @@
+"""The errors of a unit on all images: at entry, as learned, and as deployed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reconstruction.activations import ActivationCache
+from reconstruction.objectives import UnitLoss
+from reconstruction.schedules import held_out
+
+log = logging.getLogger(__name__)
+SOFT_LIMIT = 0.01  # share of undecided roundings at a unit's end above which hardening is partly arbitrary
+
+
+@torch.no_grad()
+def image_errors(cache: ActivationCache, loss: UnitLoss) -> Tensor:
+    """The error of the current unit for every image, as the unit now stands; (N,) on the CPU."""
+    parts = []
+    for part in cache.slices():
+        outputs = cache.student_module(*cache.pick(cache.student_inputs, part))
+        parts.append(loss.errors(outputs, cache.pick(cache.targets, part)).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def image_powers(cache: ActivationCache, loss: UnitLoss) -> Tensor:
+    """The error that an output of zeros would have, for every image; (N,) on the CPU."""
+    targets = (cache.pick(cache.targets, part) for part in cache.slices())
+    return torch.cat([loss.errors(map(torch.zeros_like, batch), batch).cpu() for batch in targets])
+
+
+class Measurement:
+    """Means over the images that are learned from, and apart from them over those held out.
+
+    Args:
+        loss: whose error is measured.
+        count: number of images.
+        holdout: share of them that is never learned from.
+        seed: which ones.
+    """
+
+    def __init__(self, loss: UnitLoss, count: int, holdout: float, *, seed: int) -> None:
+        self.loss = loss
+        self.kept, self.held = held_out(count, holdout, seed=seed)
+
+    def errors(self, cache: ActivationCache, name: str) -> dict[str, float]:
+        """`error_<name>` of the unit as it now stands, and `error_<name>_holdout` if images are held out."""
+        return self._means(f"error_{name}", image_errors(cache, self.loss))
+
+    def power(self, cache: ActivationCache) -> dict[str, float]:
+        """`power`, the error of zeros, and `power_holdout` likewise."""
+        return self._means("power", image_powers(cache, self.loss))
+
+    def _means(self, name: str, values: Tensor) -> dict[str, float]:
+        means = {name: float(values[self.kept].mean())}
+        return means | ({f"{name}_holdout": float(values[self.held].mean())} if len(self.held) else {})
+
+
+def relative(errors: Mapping[str, float]) -> dict[str, Any]:
+    """The errors as shares of the target's power on the same images."""
+    powers = {name: value for name, value in errors.items() if name.startswith("power")}
+    shares = {}
+    for name, value in errors.items():
+        if name not in powers:
+            shares[name] = value / (powers["power_holdout" if name.endswith("_holdout") else "power"] or 1.0)
+    return shares
+
+
+def warn_if_soft(unit: str, row: Mapping[str, float]) -> None:
+    """Say that a unit was hardened before its roundings were decided."""
+    if row["soft_fraction"] > SOFT_LIMIT:
+        log.warning(
+            "%s: %.1f %% of the roundings were undecided when hardened (error %.2e, before %.2e); "
+            "raise reconstruction.regularizer_weight, iterations, or the learning rate",
+            unit,
+            100 * row["soft_fraction"],
+            row["error_hard"],
+            row["error_soft"],
+        )

@@ -1,0 +1,79 @@
+"""How far a unit's output is from its target, and by which constant that is divided.
+
+The error sums over channels and averages over images and positions, as in Li et al., "BRECQ", ICLR 2021, arXiv
+2102.05426. Its size differs by orders of magnitude between networks, units and bit-widths, while the regularizer of
+learned rounding does not. Published code adapts the regularizer's weight network by network; we divide the error by a
+constant of the unit instead, so that one weight serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Normalization = Literal["entry_error", "power", "none"]
+SMALLEST_SHARE = 1e-8  # least normalizer, as a share of the target's power: the rounding noise of float32 squared
+
+
+@dataclass(frozen=True)
+class PowerError:
+    """`|student - target|^p`, summed over channels; p = 2 is the squared error, 2.4 what BRECQ uses for activations.
+
+    Raises:
+        ValueError: if `p` is not positive.
+    """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.p <= 0:
+            raise ValueError(f"p: expected a positive exponent, got {self.p}; 2 gives the squared error")
+
+    def __call__(self, student: Tensor, target: Tensor) -> Tensor:
+        """The error of each image: (N, C, *positions) twice -> (N,); float32 also under autocast."""
+        difference = student.float() - target.float()
+        error = difference.square() if self.p == 2.0 else difference.abs().pow(self.p)
+        summed = error.sum(1) if error.dim() > 1 else error
+        return summed.flatten(1).mean(1) if summed.dim() > 1 else summed
+
+
+@dataclass(frozen=True)
+class UnitLoss:
+    """Error of a unit over a constant of that unit, plus the rounding regularizer.
+
+    Attributes:
+        regularizer_weight: of the mean rounding penalty, which lies between 0 and 1.
+        normalization: the constant: "entry_error", the unit's own error before learning with every rounding to the
+            nearest, so that the error starts near 1 at any bit-width; "power", that of an output of zeros, `E|z|^p`;
+            "none", 1.
+        error: error of each image.
+
+    Raises:
+        ValueError: if the weight is negative or the normalization unknown.
+    """
+
+    regularizer_weight: float = 100.0
+    normalization: Normalization = "entry_error"
+    error: PowerError = PowerError()
+
+    def __post_init__(self) -> None:
+        if self.regularizer_weight < 0:
+            raise ValueError(f"regularizer_weight: expected 0 or more, got {self.regularizer_weight}")
+        if self.normalization not in get_args(Normalization):
+            raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {self.normalization!r}")
+
+    def errors(self, outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:
+        """The error of each image, (N,), summed over a unit's outputs."""
+        parts = [self.error(output, target) for output, target in zip(outputs, targets, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def normalizer(self, *, entry_error: float, power: float) -> float:
+        """The constant, from the error at entry and from that of zeros."""
+        if self.normalization == "none":
+            return 1.0
+        chosen = max(entry_error, SMALLEST_SHARE * power) if self.normalization == "entry_error" else power
+        return chosen if chosen > 0 else 1.0  # the target is all zero, and the student meets it

@@ -1,0 +1,170 @@
+"""Calibrant's main job, in order: teacher, calibration images, student, reconstruction, score.
+
+python run.py                    the embedded example
+python run.py --help             groups, options, examples
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from callbacks import report
+from callbacks.sample_grid import save_grid
+from datamodules.calibration import CalibrationImages
+from deployment.student_file import load_student, save_student
+from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.job import Job, open_job, plain
+from networks.teachers import Teacher
+from quantizers.calibrate import calibrate_ranges
+from quantizers.convert import Conversion, convert
+from quantizers.report import weight_bytes
+from synthesis.store import SampleStore
+
+STUDENT = "student.safetensors"
+
+
+def run_job(cfg: DictConfig) -> dict[str, float]:
+    """Run every stage and return the metrics by name."""
+    with open_job(cfg) as job:
+        report.show_configuration(job.cfg, job.cfg.show.config)
+        with job.stage("teacher"):
+            teacher: Teacher = instantiate(job.cfg.model)
+        conversion = make_student(job, teacher)
+        if job.cfg.evaluate:
+            load_student(conversion.student, job.folder / STUDENT, {"teacher": teacher.weights_hash})
+            networks = {"float": teacher.network, "quantized": conversion.student}
+        else:
+            images = calibration_images(job, teacher)
+            with job.stage("ranges"):
+                calibrate_ranges(conversion.student, images.images, job.cfg.batch_size)
+            nearest = copy.deepcopy(conversion.student)
+            reconstruct(job, conversion, images)
+            save_student(conversion.student, job.folder / STUDENT, {"teacher": teacher.weights_hash})
+            networks = {"float": teacher.network, "nearest": nearest, "quantized": conversion.student}
+        metrics = evaluate(job, networks)
+        conclude(job, teacher, conversion, metrics)
+    return metrics
+
+
+def make_student(job: Job, teacher: Teacher) -> Conversion:
+    """Rewrite the teacher's graph with the quantizers that protocol and bits ask for; nothing is calibrated yet."""
+    cfg = job.cfg
+    with job.stage("convert"):
+        conversion = convert(
+            teacher.network,
+            teacher.example(),
+            instantiate(cfg.protocol),
+            instantiate(cfg.weight),
+            instantiate(cfg.activation),
+            instantiate(cfg.bits),
+        )
+    quantizers = report.as_rows(conversion.report)
+    title = f"quantizers, protocol {cfg.protocol.name}"
+    report.show_rows(title, quantizers, show=cfg.show.quantizers, path=job.folder / "quantizers.csv")
+    job.record.add(left_float=conversion.left_float)
+    return conversion
+
+
+def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
+    """Real, noise, or synthetic images; synthetic ones are made once and then come from the store."""
+    with job.stage("images"):
+        images = job.source.load(teacher, job.ledger, synthesizer(job, teacher))
+    facts = {"origin": images.origin, "count": len(images.images), "digest": images.digest, "files": images.files}
+    job.record.add(images=facts)
+    save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
+    return images
+
+
+def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
+    """A function that makes `count` images from the teacher alone, or finds them in the store."""
+    cfg = job.cfg
+    store = SampleStore(cfg.paths.store)
+
+    def make(count: int) -> Tensor:
+        recipe: dict[str, Any] = {
+            "generator": plain(cfg.generator),
+            "teacher": teacher.weights_hash,
+            "input_size": teacher.input_size,
+            "count": count,
+            "seed": cfg.seed,
+        }
+
+        def fit() -> Tensor:
+            module = instantiate(cfg.generator)(
+                network=teacher.network, input_size=teacher.input_size, count=count, seed=cfg.seed
+            )
+            job.fit(module, job.trainer(max_epochs=module.batches))
+            return module.images
+
+        return store.get_or_make(recipe, fit)
+
+    return make
+
+
+def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> None:
+    """Optimise the student unit by unit against the teacher, where there is something to learn."""
+    with job.stage("reconstruct"):
+        module, datamodule = instantiate(job.cfg.reconstruction)(
+            conversion=conversion, images=images.images, seed=job.cfg.seed
+        )
+        if module.has_work:
+            job.fit(module, job.trainer(**module.trainer_arguments()), datamodule)
+    report.show_rows("units", module.results, show=job.cfg.show.units, path=job.folder / "units.csv")
+
+
+def evaluate(job: Job, networks: dict[str, nn.Module]) -> dict[str, float]:
+    """Score all networks in one pass over the evaluation data: the first time a data-free run sees a real image."""
+    with job.stage("evaluation"):
+        datamodule = instantiate(job.cfg.data).load(job.ledger)
+        module = EvaluationModule(networks, reference="float")
+        results = job.trainer().test(module, datamodule=datamodule, verbose=False)
+    job.record.add(test_images=datamodule.count, limit=datamodule.limit)
+    return {key: float(value) for key, value in results[0].items()}
+
+
+def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[str, float]) -> None:
+    """Write what was measured into the record and print the result table."""
+    cfg, facts = job.cfg, job.record.facts
+    float_bytes, quantized_bytes = weight_bytes(conversion.student)
+    stated = teacher.stated_top1 if cfg.data.limit is None else None
+    job.record.add(
+        teacher={"name": teacher.name, "weights_hash": teacher.weights_hash, "stated_top1": teacher.stated_top1},
+        metrics=metrics,
+        bytes={"float": float_bytes, "quantized": quantized_bytes},
+        warning=report.flag_float_accuracy(metrics["test/float/top1"], stated, cfg.stated_tolerance),
+    )
+    if not cfg.evaluate:
+        job.record.add(row=report.result_row(facts))
+    sizes = {"float": float_bytes, "nearest": quantized_bytes, "quantized": quantized_bytes}
+    images = facts.get("images", {})
+    caption = (
+        f"{teacher.name}, protocol {cfg.protocol.name}, W{cfg.bits.weight}A{cfg.bits.activation}, "
+        f"{images.get('count', 0)} {images.get('origin', 'no')} calibration images, "
+        f"{facts['test_images']} test images, seed {cfg.seed}"
+    )
+    report.show_results(metrics, facts["stages"], sizes, caption)
+    report.console.print(f"files in {job.folder}", highlight=False)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float:
+    """Command line: run the job and return the metric that a sweeper optimises."""
+    try:
+        metrics = run_job(cfg)
+    except InstantiationException as error:  # what Hydra was asked to build refused its arguments: say that, not this
+        raise (error.__cause__ or error) from None
+    if cfg.optimized_metric not in metrics:
+        raise ValueError(f"optimized_metric: expected one of {sorted(metrics)}, got {cfg.optimized_metric!r}")
+    return metrics[cfg.optimized_metric]
+
+
+if __name__ == "__main__":
+    main()

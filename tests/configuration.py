@@ -1,0 +1,42 @@
+"""Composing the product's configuration in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+# The whole job in seconds: a tiny network, few images, two steps of everything.
+SMALL = (
+    "model=tiny",
+    "data=fashion_mnist",
+    "data.limit=64",
+    "calibration.count=8",
+    "generator.steps=2",
+    "reconstruction.iterations=2",
+    "logger=none",
+    "show.units=false",
+)
+
+
+def options(group: str) -> list[str]:
+    """Names of the yaml files of a configuration group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(overrides: Iterable[str] = (), folder: Path | None = None) -> DictConfig:
+    """The configuration of `python run.py <overrides>`; with a folder, as saved there by a run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=False)
+    with open_dict(cfg):
+        cfg.paths.output = str(folder or "unused")
+        cfg.paths.store = str(folder / "store") if folder else "unused"
+    if folder is not None:
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    return cfg

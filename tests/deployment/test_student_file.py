@@ -1,0 +1,61 @@
+"""Student files load back bitwise, and everything else is refused with a reason."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deployment.student_file import load_student, save_student
+
+
+def network(width: int = 4, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+
+
+def test_round_trip_is_bitwise(tmp_path: Path) -> None:
+    path = save_student(network(seed=0), tmp_path / "student.safetensors", {"teacher": "abc"})
+    other = network(seed=1)
+    assert load_student(other, path, {"teacher": "abc"})["teacher"] == "abc"
+    assert all(
+        torch.equal(a, b) for a, b in zip(network().state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_student(network(), tmp_path / "none.safetensors")
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_student(network(), path)
+
+
+def test_truncated(tmp_path: Path) -> None:
+    path = save_student(network(), tmp_path / "student.safetensors", {})
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_student(network(), path)
+
+
+def test_foreign_safetensors(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="expected format"):
+        load_student(network(), tmp_path / "a.safetensors")
+
+
+def test_another_network_or_teacher(tmp_path: Path) -> None:
+    path = save_student(network(4), tmp_path / "student.safetensors", {"teacher": "abc"})
+    with pytest.raises(ValueError, match="does not fit"):
+        load_student(network(8), path)
+    with pytest.raises(ValueError, match="teacher is 'abc'"):
+        load_student(network(4), path, {"teacher": "xyz"})

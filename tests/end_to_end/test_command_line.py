@@ -1,0 +1,57 @@
+"""The command line: help, errors that help, sweeps with their table, dashboards that are closed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.configuration import ROOT, SMALL
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_help_explains_itself(tmp_path: Path) -> None:
+    text = call(tmp_path, "--help").stdout
+    for word in ("python run.py", "generator: ", "protocol: ", "bits: ", "dsg", "w4a4", "resume="):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bits=w1a1", "w4a4"),  # Hydra lists the options there are
+        ("reconstruction.itterations=5", "itterations"),
+        ("bits.activation=40", "bits.activation"),
+        ("model.architecture=resnet21", "resnet21"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, message: str) -> None:
+    done = call(tmp_path, *SMALL, override)
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
+
+
+def test_sweep_ends_in_a_table_and_each_job_has_its_own_wandb_run(tmp_path: Path) -> None:
+    small = [argument for argument in SMALL if not argument.startswith("logger")]
+    done = call(
+        tmp_path, "-m", *small, "seed=0,1", "logger=wandb", "logger.wandb.offline=true", "hydra.sweep.dir=sweep"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "±" in done.stdout
+    folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    for folder in folders:
+        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1

@@ -1,0 +1,168 @@
+"""The main job from configuration to record: what it leaves, what it never touches, and how it goes on when killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from lightning_modules.job import Job
+from run import run_job
+from tests.configuration import SMALL, composed, options
+
+
+class Kill(pl.Callback):
+    """Stop the stage `stage` after `step` steps, once."""
+
+    armed: ClassVar[bool] = False
+
+    def __init__(self, stage: str, step: int) -> None:
+        self.stage, self.step = stage, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if Kill.armed and pl_module.stage == self.stage and trainer.global_step == self.step:
+            Kill.armed = False
+            raise InterruptedError("killed")
+
+
+def student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_leaves_record_student_images_and_tables(tmp_path: Path) -> None:
+    metrics = run_job(composed(SMALL, tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["metrics"] == metrics
+    assert set(facts["stages"]) == {"teacher", "convert", "images", "ranges", "reconstruct", "evaluation"}
+    assert facts["row"]["protocol"] == "brecq"
+    assert len(facts["teacher"]["weights_hash"]) == 16
+    for name in ("images.png", "student.safetensors", "quantizers.csv", "units.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_data_free_run_opens_real_images_only_to_be_scored(tmp_path: Path) -> None:
+    run_job(composed(SMALL, tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["data_free"] is True
+    assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation"]
+    assert facts["images"]["origin"] == "synthetic"
+
+
+def test_real_images_are_listed(tmp_path: Path) -> None:
+    run_job(composed([*SMALL, "calibration=real"], tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["data_free"] is False
+    assert [entry["stage"] for entry in facts["real_data"]] == ["calibration", "evaluation"]
+    assert len(facts["images"]["files"]) == 8
+
+
+def test_images_are_synthesised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[str] = []
+    fit = Job.fit
+
+    def counting(self: Job, module: Any, *args: Any) -> None:
+        fitted.append(module.stage)
+        fit(self, module, *args)
+
+    monkeypatch.setattr(Job, "fit", counting)
+    for bits in ("w4a4", "w3a3"):
+        run_job(composed([*SMALL, f"bits={bits}", f"+paths.unused={bits}"], tmp_path))
+    assert fitted == ["synthesis", "reconstruction", "reconstruction"]
+
+
+def test_observers_change_no_number(tmp_path: Path) -> None:
+    watched, alone = tmp_path / "watched", tmp_path / "alone"
+    for folder, extra in ((watched, ["logger=csv"]), (alone, ["callbacks=none"])):
+        cfg = composed([*SMALL, *extra], folder)
+        if extra == ["logger=csv"]:
+            cfg.callbacks.checkpoint.every_seconds = 0
+        run_job(cfg)
+    assert same(student(watched), student(alone))
+    assert (watched / "csv" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(("stage", "step"), [("synthesis", 3), ("reconstruction", 1), ("reconstruction", 7)])
+@pytest.mark.parametrize("reconstruction", ["qdrop", "brecq"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, step: int, reconstruction: str) -> None:
+    overrides = [
+        *SMALL,
+        f"reconstruction={reconstruction}",
+        "reconstruction.iterations=4",
+        "generator=zeroq",
+        "generator.batch_size=4",
+        "callbacks.checkpoint.every_seconds=0",
+        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: {stage}, step: {step}}}",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_job(composed(overrides, whole))
+    cfg = composed(overrides, killed)
+    Kill.armed = True
+    with pytest.raises(InterruptedError):
+        run_job(cfg)
+    assert json.loads((killed / "record.json").read_text())["status"] == "failed"
+    assert (killed / "checkpoints" / f"{stage}.ckpt").exists()
+    cfg.resume = str(killed)
+    run_job(cfg)
+    assert same(student(whole), student(killed))
+    assert not list((killed / "checkpoints").iterdir())
+
+
+def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = composed(SMALL, tmp_path)
+    first = run_job(cfg)
+    monkeypatch.setattr(Job, "fit", None)
+    cfg.evaluate = str(tmp_path)
+    again = run_job(cfg)
+    assert again == {key: value for key, value in first.items() if "nearest" not in key}
+
+
+def test_a_failing_job_says_why(tmp_path: Path) -> None:
+    cfg = composed([*SMALL, "bits.weight=1"], tmp_path)
+    with pytest.raises(Exception, match=r"bits\.weight.*got 1"):
+        run_job(cfg)
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["status"] == "failed"
+    assert "bits.weight" in facts["error"]
+
+
+def test_resume_needs_a_run(tmp_path: Path) -> None:
+    cfg = composed([*SMALL, f"resume={tmp_path / 'nothing'}"], tmp_path / "x")
+    with pytest.raises(ValueError, match="expected the folder of an earlier run"):
+        run_job(cfg)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_runs_on_a_tiny_network(experiment: str, tmp_path: Path) -> None:
+    cfg = composed([f"experiment={experiment}", *SMALL, "model.checkpoint=null"], tmp_path)
+    assert "test/quantized/top1" in run_job(cfg)
+
+
+@pytest.mark.parametrize("generator", options("generator"))
+def test_every_generator_runs(generator: str, tmp_path: Path) -> None:
+    run_job(composed([*SMALL, f"generator={generator}", "calibration.count=20", "reconstruction=none"], tmp_path))
+
+
+@pytest.mark.parametrize("weight", options("weight"))
+@pytest.mark.parametrize("activation", options("activation"))
+def test_every_quantizer_runs(weight: str, activation: str, tmp_path: Path) -> None:
+    metrics = run_job(composed([*SMALL, f"weight={weight}", f"activation={activation}", "calibration=noise"], tmp_path))
+    assert 0 <= metrics["test/quantized/top1"] <= 100
+
+
+def test_configuration_is_in_the_record(tmp_path: Path) -> None:
+    cfg: DictConfig = composed(SMALL, tmp_path)
+    run_job(cfg)
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["config"] == OmegaConf.to_container(cfg, resolve=True)

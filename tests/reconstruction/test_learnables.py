@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from quantizers.adaquant import AdaQuant
+from quantizers.genie_m import GenieM
+from quantizers.ranges import MinMax
+from reconstruction.learnables import Learnables, learnables_of
+from reconstruction.optimizer import adam_for_all
+from reconstruction.partition import partition
+from reconstruction.schedules import Epoch
+from tests.reconstruction.students import images, resnet8, student_of
+
+
+def units_of(weight: object = None, bias_lr: float | None = None) -> list[Learnables]:
+    conversion = student_of(resnet8(), images(8), weight=weight)
+    return learnables_of(conversion.student, partition(conversion.reference, "block"), bias_lr=bias_lr)
+
+
+@pytest.mark.parametrize("weight", [None, partial(GenieM, range=MinMax()), partial(AdaQuant, range=MinMax())])
+def test_hardened_is_over_when_left(weight: object) -> None:
+    block = units_of(weight)[1]
+    before = [t.clone() for q in block.quantizers for t in q.state_dict().values()]
+    with block.hardened():
+        assert block.soft_fraction() == 0.0
+    after = [t for q in block.quantizers for t in q.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_penalty_is_the_mean_over_all_roundings_of_the_unit() -> None:
+    block = units_of()[1]
+    every = torch.cat([q.V.flatten() for q in block.weight_quantizers])
+    h = (torch.sigmoid(every) * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(block.regularizer(1.0), (1 - (2 * h - 1).abs().pow(2.0)).mean())
+    assert block.soft_fraction() == pytest.approx(float(((h > 0) & (h < 1)).float().mean()))
+
+
+def test_phases_share_out_the_groups() -> None:
+    block = units_of(bias_lr=0.1)[1]
+    kinds = {phase: [g["kind"] for g in block.groups(phase)] for phase in ("joint", "weights", "activations")}
+    assert kinds["weights"] == ["rounding", "rounding", "bias"]
+    assert kinds["activations"] == ["scale", "scale"]
+    assert kinds["joint"] == kinds["weights"] + kinds["activations"]
+    assert len(block.parameters("joint")) == 6
+
+
+def test_one_adam_has_as_many_groups_as_the_largest_unit_and_restarts_its_rates() -> None:
+    units = units_of()
+    epochs = [Epoch("joint", k, 4) for k, unit in enumerate(units) if unit.groups("joint")]
+    optimizer, schedule = adam_for_all(epochs, units)
+    assert len(optimizer.param_groups) == 4
+    seen = []
+    for _ in range(8):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    cosine = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * t / 4)).item()) for t in range(4)]
+    assert [row[:2] for row in seen[:4]] == [pytest.approx([0.05, 1e-3 * c]) for c in cosine]
+    assert all(row[2:] == [0.0, 0.0] for row in seen[:4])
+    assert seen[4:] == [pytest.approx([0.05, 0.05, 1e-3 * c, 1e-3 * c]) for c in cosine]

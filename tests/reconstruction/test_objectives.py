@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reconstruction.objectives import PowerError, UnitLoss
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4, 2), (3, 6, 5)])
+def test_squared_error_is_torchs_mean_times_the_channels(shape: tuple[int, ...]) -> None:
+    y, target = torch.randn(shape), torch.randn(shape)
+    expected = F.mse_loss(y, target) * shape[1]
+    torch.testing.assert_close(PowerError()(y, target).mean(), expected)
+    torch.testing.assert_close(PowerError(2.0 + 1e-9)(y, target), PowerError()(y, target))
+
+
+def test_other_powers_and_several_outputs() -> None:
+    y, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    expected = (y - target).abs().pow(2.4).sum(1).mean(1)
+    torch.testing.assert_close(PowerError(2.4)(y, target), expected)
+    both = UnitLoss(error=PowerError(2.4)).errors([y, y], [target, target])
+    torch.testing.assert_close(both, 2 * expected)
+
+
+def test_error_is_float32_for_half_inputs() -> None:
+    y = torch.full((1, 1000), 300.0, dtype=torch.float16)
+    assert float(PowerError()(y, torch.zeros_like(y))) == 1000 * 300.0**2
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "power", "expected"),
+    [
+        ("entry_error", 0.3, 5.0, 0.3),
+        ("power", 0.3, 5.0, 5.0),
+        ("none", 0.3, 5.0, 1.0),
+        ("entry_error", 0.0, 5.0, 5e-8),
+    ],
+)
+def test_normalizers(kind: str, entry: float, power: float, expected: float) -> None:
+    loss = UnitLoss(normalization=kind)  # type: ignore[arg-type]
+    assert loss.normalizer(entry_error=entry, power=power) == pytest.approx(expected)
+
+
+def test_a_dead_unit_has_a_normalizer() -> None:
+    assert UnitLoss().normalizer(entry_error=0.0, power=0.0) == 1.0

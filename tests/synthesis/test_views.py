@@ -1,0 +1,83 @@
+"""Views: shapes, ranges, reproducibility and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synthesis.views import AveragePool, Identity, RandomResizedCrop, RollFlip, View
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("view", [Identity(), RollFlip(2), RandomResizedCrop(probability=1.0), AveragePool(2)])
+def test_same_generator_same_view_and_a_gradient(view: View) -> None:
+    images = torch.randn(4, 3, 8, 6, requires_grad=True)
+    seen = view(images, rng())
+    assert torch.equal(seen, view(images, rng()))
+    (gradient,) = torch.autograd.grad(seen.sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.sum().item() > 0
+
+
+def test_roll_keeps_all_pixels_and_one_offset_for_all() -> None:
+    images = torch.randn(4, 3, 8, 8)
+    seen = RollFlip(3, flip=0.0)(images, rng(1))
+    offsets = [
+        (down, right)
+        for down in range(-3, 4)
+        for right in range(-3, 4)
+        if torch.equal(seen, images.roll((down, right), (2, 3)))
+    ]
+    assert len(offsets) == 1
+    assert torch.equal(RollFlip(0, flip=1.0)(images, rng()), images.flip(3))
+
+
+def test_crop_of_the_whole_image_is_the_image_or_its_mirror() -> None:
+    images = torch.randn(16, 3, 8, 6)
+    whole = RandomResizedCrop((1.0, 1.0), (1.0, 1.0), flip=0.0, probability=1.0)
+    torch.testing.assert_close(whole(images, rng()), images, atol=1e-5, rtol=0)
+    mirror = RandomResizedCrop((1.0, 1.0), (1.0, 1.0), flip=1.0, probability=1.0)
+    torch.testing.assert_close(mirror(images, rng()), images.flip(3), atol=1e-5, rtol=0)
+
+
+def test_crop_keeps_the_stated_share_and_differs_between_samples() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(200, 1, 64, 64)
+    seen = RandomResizedCrop((0.25, 0.25), (1.0, 1.0), flip=0.5, probability=1.0)(ramp, rng())
+    width = seen[:, 0, 0].amax(1) - seen[:, 0, 0].amin(1)  # of a unit ramp, so half of it
+    torch.testing.assert_close(width, torch.full_like(width, 0.5), atol=0.03, rtol=0)
+    middle = seen.mean((1, 2, 3))
+    assert middle.min().item() < 0.3 < 0.7 < middle.max().item()
+    mirrored = (seen[:, 0, 0, 0] > seen[:, 0, 0, -1]).float().mean()
+    assert 0.35 < mirrored.item() < 0.65
+
+
+def test_crop_is_applied_with_its_probability() -> None:
+    images = torch.randn(1, 1, 8, 8)
+    view, generator = RandomResizedCrop((0.5, 0.5), probability=0.3), rng()
+    changed = [not torch.equal(view(images, generator), images) for _ in range(300)]
+    assert 0.2 < sum(changed) / 300 < 0.4
+
+
+def test_average_pool() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(AveragePool(2)(images, rng()), F.avg_pool2d(images, 2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RollFlip(-1),
+        lambda: RollFlip(1, flip=2),
+        lambda: RandomResizedCrop((0, 1)),
+        lambda: RandomResizedCrop(ratio=(2, 1)),
+        lambda: RandomResizedCrop(probability=-1),
+        lambda: AveragePool(0),
+    ],
+)
+def test_wrong_arguments_are_refused(make: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        make()  # type: ignore[operator]
