@@ -6,8 +6,8 @@ python run.py --help             groups, options, examples
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from callbacks import report
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
+from datamodules.evaluation import EvaluationData
 from deployment.student_file import load_student, save_student
 from lightning_modules.evaluation import EvaluationModule
-from lightning_modules.job import Job, open_job, plain
+from lightning_modules.job import Job, leave_process_group, open_job
+from lightning_modules.saved_runs import plain
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
+from quantizers.layer import hardened_copy
 from quantizers.report import weight_bytes
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
+RECIPE_VERSION = 1  # raise it when the same settings make other images than before
 
 
 def run_job(cfg: DictConfig) -> dict[str, float]:
@@ -37,19 +41,26 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         report.show_configuration(job.cfg, job.cfg.show.config)
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
+            data = instantiate(job.cfg.data)
+            data.expect()
         conversion = make_student(job, teacher)
+        networks: dict[str, nn.Module] = {"float": teacher.network}
+        identity = {"teacher": teacher.weights_hash}
         if job.cfg.evaluate:
-            load_student(conversion.student, job.folder / STUDENT, {"teacher": teacher.weights_hash})
-            networks = {"float": teacher.network, "quantized": conversion.student}
+            load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
             images = calibration_images(job, teacher)
             with job.stage("ranges"):
-                calibrate_ranges(conversion.student, images.images, job.cfg.batch_size)
-            nearest = copy.deepcopy(conversion.student)
-            reconstruct(job, conversion, images)
-            save_student(conversion.student, job.folder / STUDENT, {"teacher": teacher.weights_hash})
-            networks = {"float": teacher.network, "nearest": nearest, "quantized": conversion.student}
-        metrics = evaluate(job, networks)
+                calibrate_ranges(conversion.student.to(job.device), images.images, job.cfg.batch_size)
+            networks["nearest"] = hardened_copy(conversion.student)
+            if job.cfg.resume and (job.folder / STUDENT).exists():
+                load_student(conversion.student, job.folder / STUDENT, identity)
+            else:
+                reconstruct(job, conversion, images)
+                if not job.is_main:
+                    return {}  # the other processes of a shared reconstruction have done their part
+                save_student(conversion.student, job.folder / STUDENT, identity)
+        metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
         conclude(job, teacher, conversion, metrics)
     return metrics
 
@@ -68,7 +79,8 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
         )
     quantizers = report.as_rows(conversion.report)
     title = f"quantizers, protocol {cfg.protocol.name}"
-    report.show_rows(title, quantizers, show=cfg.show.quantizers, path=job.folder / "quantizers.csv")
+    path = job.folder / "quantizers.csv" if job.is_main else None
+    report.show_rows(title, quantizers, show=cfg.show.quantizers, path=path)
     job.record.add(left_float=conversion.left_float)
     return conversion
 
@@ -79,7 +91,8 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
         images = job.source.load(teacher, job.ledger, synthesizer(job, teacher))
     facts = {"origin": images.origin, "count": len(images.images), "digest": images.digest, "files": images.files}
     job.record.add(images=facts)
-    save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
+    if job.is_main:
+        save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
 
 
@@ -90,6 +103,8 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
 
     def make(count: int) -> Tensor:
         recipe: dict[str, Any] = {
+            "synthesis": RECIPE_VERSION,
+            "precision": cfg.trainer.precision,
             "generator": plain(cfg.generator),
             "teacher": teacher.weights_hash,
             "input_size": teacher.input_size,
@@ -101,7 +116,7 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
             module = instantiate(cfg.generator)(
                 network=teacher.network, input_size=teacher.input_size, count=count, seed=cfg.seed
             )
-            job.fit(module, job.trainer(max_epochs=module.batches))
+            job.fit(module, job.alone(max_epochs=module.batches))
             return module.images
 
         return store.get_or_make(recipe, fit)
@@ -117,16 +132,17 @@ def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> 
         )
         if module.has_work:
             job.fit(module, job.trainer(**module.trainer_arguments()), datamodule)
-    report.show_rows("units", module.results, show=job.cfg.show.units, path=job.folder / "units.csv")
+            leave_process_group()
+    path = job.folder / "units.csv" if job.is_main else None
+    report.show_rows("units", module.results, show=job.cfg.show.units, path=path)
 
 
-def evaluate(job: Job, networks: dict[str, nn.Module]) -> dict[str, float]:
+def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:
     """Score all networks in one pass over the evaluation data: the first time a data-free run sees a real image."""
     with job.stage("evaluation"):
-        datamodule = instantiate(job.cfg.data).load(job.ledger)
         module = EvaluationModule(networks, reference="float")
-        results = job.trainer().test(module, datamodule=datamodule, verbose=False)
-    job.record.add(test_images=datamodule.count, limit=datamodule.limit)
+        results = job.alone().test(module, datamodule=data.load(job.ledger), verbose=False)
+    job.record.add(test_images=data.count, limit=data.limit)
     return {key: float(value) for key, value in results[0].items()}
 
 
@@ -161,6 +177,8 @@ def main(cfg: DictConfig) -> float:
         metrics = run_job(cfg)
     except InstantiationException as error:  # what Hydra was asked to build refused its arguments: say that, not this
         raise (error.__cause__ or error) from None
+    if not metrics:
+        return float("nan")  # not the main process
     if cfg.optimized_metric not in metrics:
         raise ValueError(f"optimized_metric: expected one of {sorted(metrics)}, got {cfg.optimized_metric!r}")
     return metrics[cfg.optimized_metric]

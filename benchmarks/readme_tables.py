@@ -43,9 +43,8 @@ def table(name: str) -> list[str]:
     for (network, protocol, w, a, images, count, pipeline), group in groups.items():
         scores = [spread([float(row[key]) for row in group]) for key in ("float_top1", "nearest_top1", "top1")]
         scores[0] = scores[0].split(" ")[0]
-        lines.append(
-            f"| {network} | {protocol} | W{w}A{a} | {count} {images} | {pipeline} | {len(group)} | {' | '.join(scores)} |"
-        )
+        cells = [network, protocol, f"W{w}A{a}", f"{count} {images}", pipeline, str(len(group)), *scores]
+        lines.append(f"| {' | '.join(cells)} |")
     made = sorted({(row["date"], row["machine"]) for row in rows})
     lines += ["", f"`benchmarks/results/{name}.csv`, made on " + "; ".join(f"{d} ({m})" for d, m in made) + ".", ""]
     return lines

@@ -13,6 +13,7 @@ import csv
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,18 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, help="folder of a sweep that has already run")
     parser.add_argument("overrides", nargs="*", help="arguments of run.py, after --")
     options = parser.parse_args()
-    folder = options.collect
+    folder, failed = options.collect, 0
     if folder is None:
-        folder = ROOT / "multirun" / options.name
+        folder = ROOT / "multirun" / f"{options.name}_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}"
         command = [sys.executable, str(ROOT / "run.py"), *options.overrides, f"hydra.sweep.dir={folder}"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        failed = subprocess.run(command, cwd=ROOT, check=False).returncode
     rows = collect(folder)
     if not rows:
         raise SystemExit(f"no finished run below {folder}")
     path = RESULTS / f"{options.name}.csv"
     write_csv(path, merge(read_rows(path), rows))
     print(f"{len(rows)} rows -> {path.relative_to(ROOT)}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

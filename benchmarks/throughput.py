@@ -101,7 +101,7 @@ def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[
 def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
     """Seconds a step of a loop without Lightning on the same unit: forward, loss, backward, Adam."""
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
-    cache = datamodule.open_cache(module, torch.device("cpu"))
+    cache = datamodule.open_cache(module)
     module.enter(epoch, cache)
     learnables = module.learnables[module.epochs[epoch].unit]
     groups = [{"params": g["params"], "lr": g["lr"]} for g in learnables.groups(module.epochs[epoch].phase)]

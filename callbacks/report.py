@@ -127,6 +127,7 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
+    parts = [*facts.get("earlier_stages", []), facts["stages"]]
     return {
         "network": facts["teacher"]["name"],
         "float_top1": round(metrics["test/float/top1"], 2),
@@ -140,7 +141,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["seed"],
         "top1": round(metrics["test/quantized/top1"], 2),
         "agreement": round(metrics["test/quantized/agreement"], 2),
-        "seconds": round(sum(stage["seconds"] for stage in facts["stages"].values()), 1),
+        "seconds": round(sum(stage["seconds"] for part in parts for stage in part.values()), 1),
         "peak_mib": max(stage["peak_mib"] for stage in facts["stages"].values()),
         "machine": facts["machine"],
         "commit": facts["commit"],

@@ -20,6 +20,9 @@ import torch
 
 PACKAGES = ("calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy")
 
+# What says where and how a run is watched, not what it computes.
+UNHASHED = ("paths", "logger", "callbacks", "resume", "evaluate", "show", "tags")
+
 
 class RunRecord:
     """Collects facts stage by stage and writes `record.json` after each, so that a failed run leaves one too.
@@ -27,15 +30,17 @@ class RunRecord:
     Args:
         folder: the run's output folder.
         config: the resolved configuration as plain containers.
+        write: whether this process writes the file; of several processes of one run, only the first.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, write: bool = True) -> None:
         self.folder = folder
+        self.writes = write
         self.facts: dict[str, Any] = {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
-            "config_hash": digest(config),
+            "config_hash": digest({key: value for key, value in config.items() if key not in UNHASHED}),
             "versions": versions(),
             "commit": commit(),
             "machine": machine(),
@@ -61,6 +66,8 @@ class RunRecord:
 
     def write(self) -> None:
         """Write `record.json` by a temporary name and a rename."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "record.json.tmp"
         temporary.write_text(json.dumps(self.facts, indent=2, default=str) + "\n")

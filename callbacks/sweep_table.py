@@ -7,7 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +17,11 @@ from rich.table import Table
 
 class SweepTable(Callback):
     """Hydra callback: read every `record.json` below the sweep's folder and print them as one table."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """After a failed job of a sweep, print what there is: Hydra 1.3 does not call `on_multirun_end` then."""
+        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
+            Console().print(sweep_table(Path(config.hydra.sweep.dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table; called by Hydra on the launching machine."""
@@ -25,7 +32,7 @@ def sweep_table(folder: Path) -> Table:
     """Group the runs below `folder` by their overrides without `seed`; failed runs are listed with their error."""
     groups: dict[str, list[dict[str, Any]]] = {}
     failed: list[tuple[str, str]] = []
-    for path in sorted(folder.glob("*/record.json")):
+    for path in sorted(folder.glob("**/record.json")):
         record = json.loads(path.read_text())
         if record["status"] != "finished":
             failed.append((path.parent.name, str(record.get("error", record["status"]))))

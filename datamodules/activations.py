@@ -59,6 +59,13 @@ class UnitActivations(pl.LightningDataModule):
         """Enter the current epoch's unit, and count its steps."""
         assert self.trainer is not None
         module, epoch = self.module, self.trainer.current_epoch
+        self.open_cache(module)
+        assert self.cache is not None
+        module.enter(epoch, self.cache, holdout=self.holdout)
+        return Steps(module.epochs[epoch].iterations)
+
+    def open_cache(self, module: BlockReconstructionModule) -> ActivationCache:
+        """The cache of the module's student, made at the first call; says how much it holds and where."""
         if self.cache is None:
             self.cache = ActivationCache(
                 self.reference.to(module.device),
@@ -71,8 +78,7 @@ class UnitActivations(pl.LightningDataModule):
             )
             size = self.cache.bytes_expected / 2**20
             log.info("activations of %d images: %.0f MiB, kept on: %s", len(self.images), size, self.cache.residency)
-        module.enter(epoch, self.cache, holdout=self.holdout)
-        return Steps(module.epochs[epoch].iterations)
+        return self.cache
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave the student without anything that learning switched."""

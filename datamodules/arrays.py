@@ -48,35 +48,47 @@ def read_fashion_mnist(split: Split, stage: str, ledger: DataLedger) -> Labelled
     return _read_npz(resources.files("datamodules") / "fashion_mnist" / name)
 
 
-def read_cifar(root: str | Path, classes: int, split: Split, stage: str, ledger: DataLedger) -> LabelledPixels:
-    """CIFAR-10 or CIFAR-100 from `<root>/cifar10/test.npz` and `train_subset.npz`, or from torchvision's own files.
-
-    The npz files hold `x`, (N, 32, 32, 3) uint8, `y`, (N,), and optionally `index`, (N,).
+def find_cifar(root: str | Path, classes: int, split: Split) -> Path:
+    """The npz file of a split, or the folder that torchvision's own files stand in; no image is opened.
 
     Raises:
-        ValueError: if `classes` is neither 10 nor 100, or no files are found; says which are expected where.
-        RuntimeError: if the ledger refuses.
+        ValueError: if `classes` is neither 10 nor 100, or nothing is found; says what is expected where.
     """
     if classes not in TORCHVISION_CIFAR:
         raise ValueError(
             f"model.num_classes: expected 10 or 100 for CIFAR, got {classes}; choose data that fits the model"
         )
     name = f"cifar{classes}"
-    ledger.permit(stage, name, split)
     folder = Path(root).expanduser() / name
     file = folder / CIFAR_FILES[split]
     if file.is_file():
-        return _read_npz(file)
+        return file
     dataset, own_folder = TORCHVISION_CIFAR[classes]
     for place in (folder, folder.parent):
         if (place / own_folder).is_dir():
-            stored = dataset(str(place), train=split == "train")
-            pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2)
-            return LabelledPixels(pixels, torch.tensor(stored.targets), torch.arange(len(pixels)))
+            return place
     raise ValueError(
         f"paths.data: neither {file} nor {folder / own_folder} is there; set CALIBRANT_DATA or paths.data to the "
         f"folder with {name}/; torchvision.datasets.{dataset.__name__}({str(folder)!r}, download=True) gets the images"
     )
+
+
+def read_cifar(root: str | Path, classes: int, split: Split, stage: str, ledger: DataLedger) -> LabelledPixels:
+    """CIFAR-10 or CIFAR-100 from `<root>/cifar10/test.npz` and `train_subset.npz`, or from torchvision's own files.
+
+    The npz files hold `x`, (N, 32, 32, 3) uint8, `y`, (N,), and optionally `index`, (N,).
+
+    Raises:
+        ValueError: as `find_cifar`.
+        RuntimeError: if the ledger refuses.
+    """
+    ledger.permit(stage, f"cifar{classes}", split)
+    place = find_cifar(root, classes, split)
+    if place.is_file():
+        return _read_npz(place)
+    stored = TORCHVISION_CIFAR[classes][0](str(place), train=split == "train")
+    pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2)
+    return LabelledPixels(pixels, torch.tensor(stored.targets), torch.arange(len(pixels)))
 
 
 def _read_npz(file: Traversable | Path) -> LabelledPixels:

@@ -11,7 +11,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.arrays import LabelledPixels, read_cifar, read_fashion_mnist
+from datamodules.arrays import LabelledPixels, find_cifar, read_cifar, read_fashion_mnist
 from datamodules.folders import FolderDataset, find_imagenet
 from datamodules.ledger import EVALUATION, DataLedger
 from datamodules.preprocessing import normalize, pixel_transform
@@ -42,6 +42,7 @@ class EvaluationData(LightningDataModule, ABC):
         count: images used, after `limit`.
         digest: fingerprint of what is used.
         files: paths, or positions in the original split.
+        pixel_size: (C, H, W) of the stored images where all are alike, else None.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EvaluationData(LightningDataModule, ABC):
     count: int
     digest: str
     files: list[str] | list[int]
+    pixel_size: tuple[int, int, int] | None = None
 
     def __init__(
         self,
@@ -79,6 +81,18 @@ class EvaluationData(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.limit = limit
         self.dataset: Dataset[tuple[Tensor, Tensor]] | None = None
+
+    def expect(self) -> None:
+        """Check, before hours of work and without opening an image, that the files are there and fit the model.
+
+        Raises:
+            ValueError: naming what is missing or does not fit.
+        """
+        if self.pixel_size is not None and self.pixel_size != self.input_size:
+            raise ValueError(
+                f"model.input_size: images of {self.name} are {self.pixel_size}, the model takes {self.input_size}; "
+                "choose data that fits the model (data=...)"
+            )
 
     @abstractmethod
     def load(self, ledger: DataLedger) -> Self:
@@ -125,6 +139,7 @@ class FashionMNIST(EvaluationData):
     """The 10,000 test images, embedded in this package."""
 
     name, split = "fashion_mnist", "test"
+    pixel_size = (1, 28, 28)
 
     def load(self, ledger: DataLedger) -> Self:
         self._keep_in_memory(read_fashion_mnist("test", EVALUATION, ledger), ledger)
@@ -141,12 +156,17 @@ class CIFAR(EvaluationData):
     """
 
     split = "test"
+    pixel_size = (3, 32, 32)
 
     def __init__(self, root: str, classes: int, **choices: Any) -> None:
         super().__init__(**choices)
         self.root = root
         self.classes = classes
         self.name = f"cifar{classes}"
+
+    def expect(self) -> None:
+        super().expect()
+        find_cifar(self.root, self.classes, "test")
 
     def load(self, ledger: DataLedger) -> Self:
         self._keep_in_memory(read_cifar(self.root, self.classes, "test", EVALUATION, ledger), ledger)
@@ -173,6 +193,10 @@ class ImageNet(EvaluationData):
         self.root = root
         self.transform = pixel_transform(self.input_size, resize, interpolation)
         self.num_workers = num_workers
+
+    def expect(self) -> None:
+        super().expect()
+        find_imagenet(self.root, self.num_classes, self.split, EVALUATION, DataLedger(data_free=True))
 
     def load(self, ledger: DataLedger) -> Self:
         found = find_imagenet(self.root, self.num_classes, self.split, EVALUATION, ledger)

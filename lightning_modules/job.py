@@ -6,22 +6,26 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger, WandbLogger
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 
+from callbacks import report
 from callbacks.run_record import RunRecord
 from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
+from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +50,27 @@ class Job:
         quieten()
         self.cfg = cfg
         self.folder = folder
-        self.record = RunRecord(folder, plain(cfg))
-        self.record.add(overrides=overrides(), choices=choices())
+        self.is_main = rank_zero_only.rank == 0
+        report.console.quiet = not self.is_main
+        self.record = RunRecord(folder, plain(cfg), write=self.is_main)
+        self.record.add(**origin(cfg))
         self.source: CalibrationSource = instantiate(cfg.calibration)
         self.ledger = DataLedger(data_free=self.source.origin != "real")
-        if cfg.resume:
-            keep_metrics(folder / "csv")
-        self.loggers: list[Logger] = list(instantiate(cfg.logger).values())
-        for logger in self.loggers:
-            logger.log_hyperparams(plain(cfg))
+        self.loggers: list[Logger] = []
+
+    def open_loggers(self) -> None:
+        """Start the loggers that the configuration names."""
+        if self.cfg.resume:
+            keep_metrics(self.folder / "csv")
+        for settings in self.cfg.logger.values():
+            self.loggers.append(instantiate(settings))
+            self.loggers[-1].log_hyperparams(plain(self.cfg))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages compute: the GPU if the trainer uses one."""
+        on_gpu = self.cfg.trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -63,7 +79,10 @@ class Job:
             yield
 
     def trainer(self, **stage_arguments: Any) -> pl.Trainer:
-        """A new Trainer for one stage: `conf/trainer`, the run's loggers and observers, and the stage's own needs."""
+        """A new Trainer for one stage: `conf/trainer`, the run's loggers and observers, and the stage's own needs.
+
+        The smaller `log_every_n_steps` of the two wins, so that a debugging trainer still sees each step.
+        """
         observers = list(instantiate(self.cfg.callbacks).values())
         settings = plain(self.cfg.trainer) | {
             "logger": self.loggers or False,
@@ -73,7 +92,14 @@ class Job:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        return pl.Trainer(**(settings | stage_arguments))
+        every = [found["log_every_n_steps"] for found in (settings, stage_arguments) if "log_every_n_steps" in found]
+        arguments: dict[str, Any] = settings | stage_arguments
+        arguments["log_every_n_steps"] = min(every, default=50)
+        return pl.Trainer(**arguments)
+
+    def alone(self, **stage_arguments: Any) -> pl.Trainer:
+        """A Trainer in this process only, for stages that are not worth sharing."""
+        return self.trainer(devices=1, strategy="auto", **stage_arguments)
 
     def fit(
         self, module: pl.LightningModule, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None = None
@@ -100,48 +126,33 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
     job = Job(cfg, folder)
     status = "failed"
     try:
+        job.open_loggers()
         yield job
         status = "finished"
     except BaseException as error:
         job.record.add(error=f"{type(error).__name__}: {error}")
         raise
     finally:
-        job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
-        close(job.loggers, status)
+        try:
+            job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
+        finally:
+            close(job.loggers, status)
 
 
 def close(loggers: list[Logger], status: str) -> None:
     """Finish every logger; without `wandb.finish()` the next job of a multirun would write into this run."""
-    for logger in loggers:
-        logger.finalize("success" if status == "finished" else "failed")
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        wandb.finish(exit_code=0 if status == "finished" else 1)
+    try:
+        for logger in loggers:
+            logger.finalize("success" if status == "finished" else "failed")
+    finally:
+        if wandb.run is not None:
+            wandb.finish(exit_code=0 if status == "finished" else 1)
 
 
-def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
-    """The configuration and folder to use: this run's own, or the saved ones that `resume` or `evaluate` name.
-
-    Raises:
-        ValueError: if both are given, the folder holds no saved configuration, or other overrides came along.
-    """
-    if cfg.resume and cfg.evaluate:
-        raise ValueError("resume, evaluate: expected one of them, got both")
-    for key in ("resume", "evaluate"):
-        if not cfg[key]:
-            continue
-        folder = Path(cfg[key]).absolute()
-        saved = folder / ".hydra" / "config.yaml"
-        if not saved.exists():
-            raise ValueError(f"{key}: expected the folder of an earlier run (with .hydra/config.yaml), got {folder}")
-        others = [o for o in overrides() if not o.startswith((f"{key}=", "hydra.", "hydra/"))]
-        if others:
-            raise ValueError(f"{key}: the saved configuration is used as it is; drop the other overrides {others}")
-        loaded = OmegaConf.load(saved)
-        assert isinstance(loaded, DictConfig)
-        loaded[key] = str(folder)
-        loaded.paths.output = str(folder)
-        return loaded, folder
-    return cfg, Path(cfg.paths.output)
+def leave_process_group() -> None:
+    """End the communication of a shared stage, so that later ones do not wait for processes that are gone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def quieten() -> None:
@@ -166,27 +177,10 @@ def keep_metrics(folder: Path) -> None:
 def refuse_parallel_multirun(cfg: DictConfig) -> None:
     """Raise for `--multirun` with several processes a job: each process would run the whole sweep again."""
     devices = cfg.trainer.get("devices", 1)
-    several = devices not in (1, "1", "auto") and HydraConfig.initialized()
+    several = str(devices) not in ("1", "auto", "[0]") and HydraConfig.initialized()
     launcher = HydraConfig.get().runtime.choices.get("hydra/launcher") if several else None
     if several and HydraConfig.get().mode == RunMode.MULTIRUN and launcher in (None, "basic"):
         raise ValueError(
             f"trainer.devices: expected 1 in a multirun with the basic launcher, got {devices}; each process would "
             "run the whole sweep again. Give every job its own process (a submitit launcher) or one device."
         )
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries and lists."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def overrides() -> list[str]:
-    """What the user wrote on the command line; empty outside Hydra."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def choices() -> Mapping[str, str]:
-    """The option chosen in each configuration group; empty outside Hydra."""
-    return {str(k): str(v) for k, v in HydraConfig.get().runtime.choices.items()} if HydraConfig.initialized() else {}

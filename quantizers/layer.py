@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from quantizers.base import Quantizer
 from quantizers.qdrop import qdrop
 
+_Module = TypeVar("_Module", bound=nn.Module)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -142,3 +144,11 @@ def float_mode(student: nn.Module) -> Iterator[None]:
     finally:
         for switch, enabled in zip(switches, before, strict=True):
             switch.enabled = enabled
+
+
+def hardened_copy(student: _Module) -> _Module:
+    """A copy whose decisions are final as they stand: before anything is learned, every weight rounded to nearest."""
+    copied = copy.deepcopy(student)
+    for _, quantizer in quantizers_of(copied):
+        quantizer.harden()
+    return copied

@@ -36,6 +36,7 @@ def test_help_explains_itself(tmp_path: Path) -> None:
         ("reconstruction.itterations=5", "itterations"),
         ("bits.activation=40", "bits.activation"),
         ("model.architecture=resnet21", "resnet21"),
+        ("data=cifar10", "choose data that fits the model"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, override: str, message: str) -> None:

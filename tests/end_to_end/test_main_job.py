@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules.job import Job
 from run import run_job
@@ -123,9 +125,80 @@ def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch
     cfg = composed(SMALL, tmp_path)
     first = run_job(cfg)
     monkeypatch.setattr(Job, "fit", None)
-    cfg.evaluate = str(tmp_path)
-    again = run_job(cfg)
+    before = (tmp_path / "record.json").read_bytes()
+    scored = composed([*SMALL, f"evaluate={tmp_path}"], tmp_path / "scored")
+    again = run_job(scored)
     assert again == {key: value for key, value in first.items() if "nearest" not in key}
+    assert (tmp_path / "record.json").read_bytes() == before  # the finished run stays as it was
+
+
+def test_a_run_that_only_went_on_with_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    run_job(composed(SMALL, tmp_path / "first"))
+    run_job(composed([*SMALL, f"evaluate={tmp_path / 'first'}"], tmp_path / "second"))
+    third = composed([*SMALL, f"evaluate={tmp_path / 'second'}"], tmp_path / "third")
+    with pytest.raises(ValueError, match=r"name that one: evaluate=.*first"):
+        run_job(third)
+
+
+def test_a_resumed_run_keeps_its_own_labels(tmp_path: Path) -> None:
+    cfg = composed(SMALL, tmp_path)
+    run_job(cfg)
+    record = tmp_path / "record.json"
+    facts = json.loads(record.read_text()) | {"choices": {"reconstruction": "brecq"}, "overrides": ["bits=w3a3"]}
+    record.write_text(json.dumps(facts))
+    run_job(composed([*SMALL, f"resume={tmp_path}"], tmp_path / "new"))
+    again = json.loads(record.read_text())
+    assert again["row"]["pipeline"] == "brecq"
+    assert again["overrides"] == ["bits=w3a3"]
+    assert again["row"]["seconds"] > facts["row"]["seconds"]
+    assert "reconstruct" not in again["stages"]  # the student was there already
+    assert again["metrics"] == facts["metrics"]
+
+
+def test_settings_that_change_no_number_do_not_change_the_hash(tmp_path: Path) -> None:
+    hashes = []
+    for name, extra in (("a", "logger=none"), ("b", "logger=csv"), ("c", "seed=1")):
+        run_job(composed([*SMALL, "calibration=noise", "reconstruction=none", extra], tmp_path / name))
+        hashes.append(json.loads((tmp_path / name / "record.json").read_text())["config_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_missing_data_is_said_before_any_work(tmp_path: Path) -> None:
+    cfg = composed([*SMALL, "data=cifar10", "~data.limit", "+data.limit=8"], tmp_path)
+    with pytest.raises(ValueError, match="choose data that fits the model"):
+        run_job(cfg)
+    assert "images" not in json.loads((tmp_path / "record.json").read_text())["stages"]
+
+
+def test_a_failed_job_still_finishes_wandb(tmp_path: Path) -> None:
+    small = [argument for argument in SMALL if not argument.startswith("logger")]
+    offline = ["logger=wandb", "logger.wandb.offline=true"]
+    cfg = composed([*small, *offline, "bits.weight=1"], tmp_path)
+    with pytest.raises(Exception, match=r"bits\.weight"):
+        run_job(cfg)
+    assert wandb.run is None
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_tensorboard_carries_the_metrics(tmp_path: Path) -> None:
+    small = [argument for argument in SMALL if not argument.startswith("logger")]
+    metrics = run_job(composed([*small, "logger=tensorboard", "calibration=noise"], tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Scalars("test/quantized/top1")
+    assert event.value == pytest.approx(metrics["test/quantized/top1"])
+
+
+@pytest.mark.parametrize("weight", options("weight"))
+def test_nearest_is_rounded_to_nearest_whatever_is_learned(weight: str, tmp_path: Path) -> None:
+    ranges = "weight.range._target_=quantizers.ranges.MinMax"
+    same_range = [ranges, "~weight.range.p", "~weight.range.steps", "~weight.range.smallest"]
+    small = [*SMALL, "calibration=noise", "bits=w2a4"]
+    learned = run_job(
+        composed([*small, f"weight={weight}", *(same_range if weight != "adaquant" else [ranges])], tmp_path)
+    )
+    plain = run_job(composed([*small, "weight=nearest", "reconstruction=none", *same_range], tmp_path))
+    assert learned["test/nearest/kl"] == plain["test/quantized/kl"] == plain["test/nearest/kl"]
 
 
 def test_a_failing_job_says_why(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from quantizers.adaquant import AdaQuant
 from quantizers.genie_m import GenieM
 from quantizers.ranges import MinMax
 from reconstruction.learnables import Learnables, learnables_of
-from reconstruction.optimizer import adam_for_all
+from reconstruction.optimizer import LARGEST_RAISE, adam_for_all
 from reconstruction.partition import partition
 from reconstruction.schedules import Epoch
 from tests.reconstruction.students import images, resnet8, student_of
@@ -61,3 +61,13 @@ def test_one_adam_has_as_many_groups_as_the_largest_unit_and_restarts_its_rates(
     assert [row[:2] for row in seen[:4]] == [pytest.approx([0.05, 1e-3 * c]) for c in cosine]
     assert all(row[2:] == [0.0, 0.0] for row in seen[:4])
     assert seen[4:] == [pytest.approx([0.05, 0.05, 1e-3 * c, 1e-3 * c]) for c in cosine]
+
+
+@pytest.mark.parametrize(("stated", "raise_by"), [(None, 1.0), (40, 10.0), (2, 1.0), (10_000, LARGEST_RAISE)])
+def test_rates_stated_for_more_steps_are_raised_in_proportion(stated: int | None, raise_by: float) -> None:
+    units = units_of()
+    epochs = [Epoch("joint", k, 4) for k, unit in enumerate(units) if unit.groups("joint")]
+    plain, _ = adam_for_all(epochs, units)
+    raised, _ = adam_for_all(epochs, units, rates_stated_for=stated)
+    for a, b in zip(plain.param_groups, raised.param_groups, strict=True):
+        assert b["lr"] == pytest.approx(raise_by * a["lr"])

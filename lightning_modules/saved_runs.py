@@ -1,0 +1,78 @@
+"""Runs that were saved: which configuration and folder `resume` and `evaluate` stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+
+def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
+    """The configuration and output folder to use.
+
+    `resume` takes configuration and folder of the killed run; `evaluate` takes the configuration of the finished one
+    and writes to a folder of its own, so that the finished run stays as it is.
+
+    Raises:
+        ValueError: if both are given, the folder holds no saved run, or other overrides came along.
+    """
+    own = Path(cfg.paths.output)
+    if cfg.resume and cfg.evaluate:
+        raise ValueError("resume, evaluate: expected one of them, got both")
+    key = "resume" if cfg.resume else "evaluate"
+    if not cfg[key]:
+        return cfg, own
+    folder = Path(cfg[key]).absolute()
+    saved = folder / ".hydra" / "config.yaml"
+    if not saved.exists():
+        raise ValueError(f"{key}: expected the folder of an earlier run (with .hydra/config.yaml), got {folder}")
+    others = [o for o in overrides() if not o.startswith((f"{key}=", "hydra.", "hydra/"))]
+    if others:
+        raise ValueError(f"{key}: the saved configuration is used as it is; drop the other overrides {others}")
+    loaded = OmegaConf.load(saved)
+    assert isinstance(loaded, DictConfig)
+    pointed = loaded.resume or loaded.evaluate
+    if pointed and Path(pointed).absolute() != folder:
+        raise ValueError(f"{key}: {folder} itself only went on with another run; name that one: {key}={pointed}")
+    loaded.resume, loaded.evaluate = None, None
+    loaded[key] = str(folder)
+    output = folder if key == "resume" else own
+    loaded.paths.output = str(output)
+    return loaded, output
+
+
+def origin(cfg: DictConfig) -> dict[str, Any]:
+    """Overrides and chosen options for the record: this command's, or those of the run that it goes on with.
+
+    A resumed run also takes over what its stages had taken so far, as `earlier_stages`.
+    """
+    source = cfg.resume or cfg.evaluate
+    path = Path(source) / "record.json" if source else None
+    if path is None or not path.exists():
+        return {"overrides": overrides(), "choices": choices()}
+    old = json.loads(path.read_text())
+    facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
+    if cfg.resume:
+        facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
+    return facts
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries and lists."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def overrides() -> list[str]:
+    """What the user wrote on the command line; empty outside Hydra."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def choices() -> Mapping[str, str]:
+    """The option chosen in each configuration group; empty outside Hydra."""
+    return {str(k): str(v) for k, v in HydraConfig.get().runtime.choices.items()} if HydraConfig.initialized() else {}
