@@ -59,9 +59,7 @@ class UnitActivations(pl.LightningDataModule):
         """Enter the current epoch's unit, and count its steps."""
         assert self.trainer is not None
         module, epoch = self.module, self.trainer.current_epoch
-        self.open_cache(module)
-        assert self.cache is not None
-        module.enter(epoch, self.cache, holdout=self.holdout)
+        module.enter(epoch, self.open_cache(module), holdout=self.holdout)
         return Steps(module.epochs[epoch].iterations)
 
     def open_cache(self, module: BlockReconstructionModule) -> ActivationCache:
