@@ -101,6 +101,7 @@ def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[
 def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
     """Seconds a step of a loop without Lightning on the same unit: forward, loss, backward, Adam."""
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # for its world size
     cache = datamodule.open_cache(module)
     module.enter(epoch, cache)
     learnables = module.learnables[module.epochs[epoch].unit]
@@ -115,7 +116,7 @@ def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, 
     def step() -> None:
         inputs = [x[index] for x in cache.student_inputs]
         targets = [x[index] for x in cache.targets]
-        error = (unit(*inputs) - targets[0]).square().sum(1).mean()
+        error = (unit(*inputs)[0] - targets[0]).square().sum(1).mean()
         loss = error + 0.1 * learnables.regularizer(0.5)
         optimizer.zero_grad()
         loss.backward()
