@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from callbacks import report
 from callbacks.sample_grid import save_grid
+from callbacks.target_plot import save_targets
 from datamodules.calibration import CalibrationImages
 from datamodules.evaluation import EvaluationData
 from deployment.student_file import load_student, save_student
 from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
 from networks.teachers import Teacher
@@ -29,6 +31,7 @@ from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
 from quantizers.layer import hardened_copy
 from quantizers.report import weight_bytes
+from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
@@ -38,6 +41,7 @@ RECIPE_VERSION = 1  # raise it when the same settings make other images than bef
 def run_job(cfg: DictConfig) -> dict[str, float]:
     """Run every stage and return the metrics by name."""
     with open_job(cfg) as job:
+        expect_images(job)
         report.show_configuration(job.cfg, job.cfg.show.config)
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
@@ -50,8 +54,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
             images = calibration_images(job, teacher)
-            with job.stage("ranges"):
-                calibrate_ranges(conversion.student.to(job.device), images.images, job.cfg.batch_size)
+            set_ranges(job, teacher, conversion, images)
             networks["nearest"] = hardened_copy(conversion.student)
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
@@ -63,6 +66,15 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
         conclude(job, teacher, conversion, metrics)
     return metrics
+
+
+def expect_images(job: Job) -> None:
+    """Refuse to reconstruct without images before any work is done."""
+    if job.source.origin == "none" and job.cfg.reconstruction.phases != "none":
+        raise ValueError(
+            "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
+            f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
+        )
 
 
 def make_student(job: Job, teacher: Teacher) -> Conversion:
@@ -91,9 +103,18 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
         images = job.source.load(teacher, job.ledger, synthesizer(job, teacher))
     facts = {"origin": images.origin, "count": len(images.images), "digest": images.digest, "files": images.files}
     job.record.add(images=facts)
-    if job.is_main:
+    if job.is_main and len(images.images):
         save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
+
+
+def rounded_student(job: Job, teacher: Teacher) -> nn.Module:
+    """The student rounded to nearest, with ranges that need no image: what adaptive synthesis compares with."""
+    cfg = job.cfg
+    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
+    student = convert(teacher.network, teacher.example(), *parts).student
+    set_analytic_ranges(student, teacher.network, teacher.input_size, rule=Deviations())
+    return hardened_copy(student).requires_grad_(False).to(job.device)
 
 
 def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
@@ -114,14 +135,51 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
 
         def fit() -> Tensor:
             module = instantiate(cfg.generator)(
-                network=teacher.network, input_size=teacher.input_size, count=count, seed=cfg.seed
+                network=teacher.network,
+                input_size=teacher.input_size,
+                count=count,
+                seed=cfg.seed,
+                student=lambda: rounded_student(job, teacher),
             )
-            job.fit(module, job.alone(max_epochs=module.batches))
+            if module.has_work:
+                recall_targets(job, teacher, module)
+                job.fit(module, job.alone(max_epochs=module.batches))
+            else:
+                module.render()
             return module.images
 
         return store.get_or_make(recipe, fit)
 
     return make
+
+
+def recall_targets(job: Job, teacher: Teacher, module: GeneratorModule) -> None:
+    """Measure the moments to match and their slack, or find them in the store; they depend on the teacher alone."""
+    generator, alignment = plain(job.cfg.generator), module.alignment
+    recipe: dict[str, Any] = {
+        "targets": RECIPE_VERSION,
+        "teacher": teacher.weights_hash,
+        "input_size": teacher.input_size,
+        "batch_size": module.source.batch_size,
+        "seed": job.cfg.seed,
+    } | {key: generator.get(key) for key in ("targets", "slack", "sda", "probe", "fold_batch_norm")}
+
+    def measure() -> Tensor:
+        alignment.place(job.device)
+        return alignment.found_targets()
+
+    alignment.recall(SampleStore(job.cfg.paths.store).get_or_make(recipe, measure))
+    save_targets(alignment, job.folder / "targets.png")
+
+
+def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
+    """Choose the range of every quantized activation, from images or, where there are none, from moments."""
+    with job.stage("ranges"):
+        conversion.student.to(job.device)
+        if images.rule is None:
+            calibrate_ranges(conversion.student, images.images, job.cfg.batch_size)
+        else:
+            set_analytic_ranges(conversion.student, teacher.network, teacher.input_size, rule=images.rule)
 
 
 def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> None:

@@ -1,4 +1,4 @@
-"""Where calibration images come from: the teacher itself (synthetic), a few real images, or noise.
+"""Where calibration images come from: the teacher itself (synthetic), a few real images, noise, or nowhere.
 
 Every source is asked in the same way, `source.load(teacher, ledger, make)`; only the synthetic one calls `make`.
 """
@@ -20,8 +20,9 @@ from datamodules.preprocessing import normalize, pixel_transform
 from datamodules.selection import stratified
 from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
+from synthesis.analytic_ranges import AnalyticRange
 
-Origin = Literal["synthetic", "real", "noise"]
+Origin = Literal["synthetic", "real", "noise", "none"]
 STAGE = "calibration"
 
 
@@ -31,10 +32,11 @@ class CalibrationImages:
 
     Attributes:
         images: (N, C, H, W) normalised float32 on the CPU.
-        origin: "synthetic", "real" or "noise".
+        origin: "synthetic", "real", "noise" or "none".
         digest: fingerprint of `images`.
         labels: (N,) int64 in the teacher's numbering, where known.
         files: which real images: paths, or positions in the training set.
+        rule: where there are no images, how ranges follow from moments.
     """
 
     images: Tensor
@@ -42,6 +44,7 @@ class CalibrationImages:
     digest: str
     labels: Tensor | None = None
     files: list[str] | list[int] | None = None
+    rule: AnalyticRange | None = None
 
 
 class CalibrationSource(ABC):
@@ -110,6 +113,23 @@ class NoiseImages(CalibrationSource):
             pixels = torch.rand(shape, generator=generator) * 255
             images = normalize(pixels, teacher.mean, teacher.std)
         return CalibrationImages(images=images, origin=self.origin, digest=fingerprint({"images": images}))
+
+
+class NoImages(CalibrationSource):
+    """No images at all: ranges come from stored or propagated moments, and nothing can be reconstructed.
+
+    Args:
+        rule: from the moments of a tensor to its range.
+    """
+
+    origin = "none"
+
+    def __init__(self, rule: AnalyticRange) -> None:
+        self.rule = rule
+
+    def load(self, teacher: Teacher, ledger: DataLedger, make: Callable[[int], Tensor]) -> CalibrationImages:
+        images = torch.zeros(0, *teacher.input_size)
+        return CalibrationImages(images=images, origin=self.origin, digest="", rule=self.rule)
 
 
 class RealImages(CalibrationSource):

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from synthesis.criteria import Criterion, LayerWeights, SquaredL2, Uniform
+from synthesis.diversity import Diversity
+from synthesis.features import ClassifierInput
 from synthesis.moments import Moments, Probe, Statistics, merge
-from synthesis.statistics import BNStatistics, device_of, execution_order
+from synthesis.statistics import LayerStatistics, device_of, execution_order
 from synthesis.targets import BNTargets, TargetSource
 
 INPUT = "input"
+TARGETS = ("mean", "spread", "mean_slack", "spread_slack")  # buffers that hold them, all layers side by side
+SAMPLE = Probe("sample")  # of the diagnosis, whatever the loss looks at
+
+
+class Look(NamedTuple):
+    """What one forward pass shows: moments of all layers and of the images, the output (N, K), and if asked for the
+    features (N, F) that enter the classifier."""
+
+    moments: Moments
+    logits: Tensor
+    features: Tensor | None
 
 
 class BNAlignmentModule(pl.LightningModule):
@@ -24,7 +37,7 @@ class BNAlignmentModule(pl.LightningModule):
     train it nor switch its mode.
 
     Args:
-        network: with BatchNorm layers; outputs are ignored.
+        network: with the layers that the targets are for, BatchNorm as a rule.
         input_size: (C, H, W) of its input.
         targets: which moments to match.
         probe: how moments are taken.
@@ -33,7 +46,7 @@ class BNAlignmentModule(pl.LightningModule):
         input_weight: of the same criterion on the images themselves against N(0, 1), without slack; 0 for none.
 
     Raises:
-        ValueError: if the network has no BatchNorm layers.
+        ValueError: if the network has no such layers.
     """
 
     def __init__(
@@ -49,26 +62,27 @@ class BNAlignmentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self._network = (network.eval().requires_grad_(False),)
-        self._home = device_of(network)
+        self.home = device_of(network)
         self.input_size = input_size
         self.targets = BNTargets() if targets is None else targets
         self.probe = Probe() if probe is None else probe
         self.criterion = SquaredL2() if criterion is None else criterion
         self.layer_weights = Uniform() if layer_weights is None else layer_weights
         self.input_weight = input_weight
-        channels = execution_order(network, input_size)
+        channels = execution_order(network, input_size, self.targets.site)
         self.layers = tuple(channels)
-        self._sizes = [*channels.values(), input_size[0]]
-        self._register_buffers(sum(self._sizes))
+        self.sizes = [*channels.values(), input_size[0]]
+        self._register_buffers(sum(self.sizes))
         self._ready = False
+        self.diversities: dict[int, Diversity] = {}  # of each validated set
 
     def _register_buffers(self, total: int) -> None:
         # targets and slacks of all layers side by side, the input image last
-        for name in ("mean", "spread", "mean_slack", "spread_slack", "earlier_mean", "earlier_var"):
+        for name in (*TARGETS, "earlier_mean", "earlier_var"):
             self.register_buffer(name, torch.zeros(total))
         self.register_buffer("earlier_count", torch.zeros(()))
         self.register_buffer("prepared", torch.zeros((), dtype=torch.bool))
-        segments = torch.block_diag(*(torch.ones(size, 1) for size in self._sizes))
+        segments = torch.block_diag(*(torch.ones(size, 1) for size in self.sizes))
         self.register_buffer("segments", segments, persistent=False)
 
     @property
@@ -86,37 +100,62 @@ class BNAlignmentModule(pl.LightningModule):
         """Find the targets and slacks, once; a checkpoint carries them."""
         if not self.get_buffer("prepared"):
             found = self.targets.targets(self.network, self.input_size, self.probe)
-            columns: dict[str, list[Tensor]] = {"mean": [], "spread": [], "mean_slack": [], "spread_slack": []}
+            columns: dict[str, list[Tensor]] = {name: [] for name in TARGETS}
             for layer in self.layers:
                 target = found[layer]
                 goal = self.probe.statistics(target.moments)
                 for name, value in zip(columns, (*goal, *target.slack), strict=True):
                     columns[name].append(value.expand_as(goal.mean))
-            one = torch.ones(self._sizes[-1], device=device_of(self.network))
+            one = torch.ones(self.sizes[-1], device=device_of(self.network))
             goal = self.probe.statistics(Moments(0 * one, one))
             for name, value in zip(columns, (*goal, 0 * one, 0 * one), strict=True):
                 self.get_buffer(name).copy_(torch.cat([*columns[name], value]))
             self.get_buffer("prepared").fill_(True)
         self._ready = True
 
-    def moments(self, images: Tensor) -> Moments:
-        """Return the moments of all layers and of the images, (rows, sum of C); a row a sample, or one for a batch."""
-        with BNStatistics(self.network, self.probe) as seen:
-            self.network(images)
+    def found_targets(self) -> Tensor:
+        """Return targets and slacks as one tensor (4, sum of C) that `recall` takes back: they are worth keeping."""
+        self.prepare()
+        return torch.stack([self.get_buffer(name).detach().cpu() for name in TARGETS])
+
+    def recall(self, found: Tensor) -> None:
+        """Take targets and slacks that `found_targets` gave."""
+        for name, value in zip(TARGETS, found, strict=True):
+            self.get_buffer(name).copy_(value)
+        self.get_buffer("prepared").fill_(True)
+        self._ready = True
+
+    def look(self, images: Tensor, features: ClassifierInput | None = None) -> Look:
+        """Return what one forward pass shows; moments are (rows, sum of C), a row a sample, or one for a batch."""
+        with LayerStatistics(self.network, self.probe, self.targets.site) as seen:
+            if features is None:
+                logits, found = self.network(images), None
+            else:
+                with features:
+                    logits = self.network(images)
+                found = features.value
         parts = [*(seen[layer] for layer in self.layers), self.probe.measure(images)]
-        found = Moments(*(torch.atleast_2d(torch.cat(column, -1)) for column in zip(*parts, strict=True)))
-        if self.probe.reduction != "all":
-            return found
-        earlier = Moments(self.get_buffer("earlier_mean"), self.get_buffer("earlier_var"))
-        return merge([found, earlier], [len(images), self.get_buffer("earlier_count")])
+        moments = Moments(*(torch.atleast_2d(torch.cat(column, -1)) for column in zip(*parts, strict=True)))
+        if self.probe.reduction == "all":
+            earlier = Moments(self.get_buffer("earlier_mean"), self.get_buffer("earlier_var"))
+            moments = merge([moments, earlier], [len(images), self.get_buffer("earlier_count")])
+        return Look(moments, logits, found)
+
+    def moments(self, images: Tensor) -> Moments:
+        """Return the moments that `look` sees."""
+        return self.look(images).moments
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # (N, C, H, W)
+        """Return the loss terms of `images`; see `terms`."""
+        return self.terms(self.moments(images), len(images))
+
+    def terms(self, moments: Moments, samples: int) -> dict[str, Tensor]:
         """Return the loss terms "alignment" and, if weighted, "input": sums over layers, means over samples."""
         if not self._ready:
             self.prepare()
-        losses = self._losses(self.probe.statistics(self.moments(images)))
+        losses = self._losses(self.probe.statistics(moments))
         layers = len(self.layers)
-        weights = self.layer_weights(len(images), layers, self.probe.reduction, losses.device)
+        weights = self.layer_weights(samples, layers, self.probe.reduction, losses.device)
         terms = {"alignment": (weights * losses[:, :layers]).sum(1).mean()}
         if self.input_weight:
             terms["input"] = self.input_weight * losses[:, layers].mean()
@@ -150,32 +189,59 @@ class BNAlignmentModule(pl.LightningModule):
         if not images.isfinite().all():
             return "the images"
         parts = self.moments(images)
-        finite = (parts.mean.isfinite() & parts.var.isfinite()).all(0).split(self._sizes)
+        finite = (parts.mean.isfinite() & parts.var.isfinite()).all(0).split(self.sizes)
         return next(
             (f"layer {name!r}" for name, good in zip(self.layers, finite, strict=False) if not good.all()), None
         )
 
     def on_validation_start(self) -> None:
         self.place(self.device)
+        self.diversities = {}
+        self._classifier = ClassifierInput(self.network, self.input_size)
 
-    def validation_step(self, batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the mean absolute gap of each layer, and the total loss, of the images (the batch, or its first item)."""
+    def validation_step(
+        self, batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log gaps and losses of the images (the batch, or its first item); several loaders are several sets."""
         if isinstance(batch, Mapping):
             batch = next(iter(batch.values()))
         images = batch if isinstance(batch, Tensor) else batch[0]
-        seen = self.probe.statistics(self.moments(images))
+        with LayerStatistics(self.network, SAMPLE, self.targets.site) as single:
+            look = self.look(images, self._classifier)
+        seen = self.probe.statistics(look.moments)
         gaps = [
-            (value - self.get_buffer(goal)).abs().mean(0).split(self._sizes)
+            (value - self.get_buffer(goal)).abs().mean(0).split(self.sizes)
             for value, goal in zip(seen, ("mean", "spread"), strict=True)
         ]
         kind = self.probe.moment
         for index, layer in enumerate([*self.layers, INPUT]):
             values = {"mean_gap": gaps[0][index].mean(), f"{kind}_gap": gaps[1][index].mean()}
             self._log({f"alignment/{layer}/{name}": value for name, value in values.items()}, len(images))
-        self._log({"alignment/total": torch.stack(list(self(images).values())).sum()}, len(images))
+        total = torch.stack(list(self.terms(look.moments, len(images)).values())).sum()
+        self._log({"alignment/total": total}, len(images))
+        parts = [*(single[layer] for layer in self.layers), SAMPLE.measure(images)]
+        found = Moments(*(torch.cat(column, -1) for column in zip(*parts, strict=True)))
+        if dataloader_idx not in self.diversities:
+            self.diversities[dataloader_idx] = Diversity(self._target_moments(), self.sizes)
+        self.diversities[dataloader_idx].update(found, look.features)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what only a whole set can tell: spread around the stored statistics, and likeness of samples."""
+        several = len(self.diversities) > 1
+        for index, diversity in self.diversities.items():
+            suffix = f"/dataloader_idx_{index}" if several else ""
+            values = {"feature_similarity": diversity.feature_similarity()}
+            for layer, row in zip([*self.layers, INPUT], diversity.compute(), strict=True):
+                values |= {f"{layer}/{name}": value for name, value in row._asdict().items()}
+            named = {f"alignment/{name}{suffix}": value for name, value in values.items()}
+            self.log_dict(named, add_dataloader_idx=False)
+
+    def _target_moments(self) -> Moments:
+        mean, spread = self.get_buffer("mean"), self.get_buffer("spread")
+        return Moments(mean, spread.square() - self.probe.eps if self.probe.moment == "std" else spread)
 
     def _log(self, values: dict[str, Any], size: int) -> None:
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size)
 
     def teardown(self, stage: str) -> None:
-        self.network.to(self._home)
+        self.network.to(self.home)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,36 +20,46 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from datamodules.steps import Steps
 from lightning_modules.bn_alignment import BNAlignmentModule
-from synthesis.criteria import Criterion, LayerWeights
-from synthesis.moments import Probe
+from synthesis.features import ClassifierInput
+from synthesis.guidance import Answer, Guidance, Guides
+from synthesis.labels import LabelSource, RandomLabels
 from synthesis.priors import Prior
+from synthesis.rates import Rates
 from synthesis.seeding import seeded
+from synthesis.settling import Settling
 from synthesis.sources import SampleSource
-from synthesis.statistics import execution_order
-from synthesis.targets import BNTargets, TargetSource
+from synthesis.surgery import Surgery
 from synthesis.views import Identity, View
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
-ScheduleFactory = Callable[[Optimizer], LRScheduler]
+ScheduleFactory = Callable[[Optimizer], LRScheduler | Rates]
 
 CHECK_EVERY = 25  # steps between looks at the loss, each of which waits for the device
 NO_BATCH = -1
+SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of an epoch
 
 
 class GeneratorModule(pl.LightningModule):
     """Optimises a sample source until the statistics of its images match; train with `max_epochs=module.batches`.
 
-    The buffer `images`, (count, C, H, W), holds the parameters after the last step; NaN where not yet made.
+    The buffer `images`, (count, C, H, W), holds what the parameters give after the last step; NaN where not yet made. A
+    lasting source is trained once, in one epoch, and then makes all images.
 
     Args:
         alignment: the loss.
         source: what is optimised.
         count: images to make, in batches of `source.batch_size`; the last batch is truncated.
-        steps: optimizer steps a batch.
+        steps: optimizer steps a batch; 0: the images that the source starts with.
         optimizer: makes the optimizer from parameter groups.
         schedule: makes a scheduler, which advances with every step; `ReduceLROnPlateau` watches the training loss.
         view: what the network sees of the images.
-        priors: further weighted terms by name.
+        priors: further weighted terms on the images by name.
+        guidance: further weighted terms on outputs by name.
+        labels: the classes that images are made for.
+        student: the quantized copy that terms with `uses_student` look at.
+        surgery: temporary change of the network.
+        finalize: what finished images pass through.
+        early_stop: end a batch when the loss has not fallen by a hundredth for that many steps; None: never.
         seed: of every draw.
 
     Raises:
@@ -58,6 +69,7 @@ class GeneratorModule(pl.LightningModule):
     stage = "synthesis"
     images: Tensor
     entered: Tensor
+    last_loss: Tensor
 
     def __init__(
         self,
@@ -70,30 +82,68 @@ class GeneratorModule(pl.LightningModule):
         schedule: ScheduleFactory | None = None,
         view: View | None = None,
         priors: Mapping[str, Prior] | None = None,
+        guidance: Mapping[str, Guidance] | None = None,
+        labels: LabelSource | None = None,
+        student: nn.Module | None = None,
+        surgery: Surgery | None = None,
+        finalize: View | None = None,
+        early_stop: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if count < 1 or steps < 1:
-            raise ValueError(f"count, steps: expected at least 1, got {count} and {steps}")
+        if count < 1 or steps < 0:
+            raise ValueError(f"count, steps: expected at least 1 image and no negative steps, got {count} and {steps}")
         self.alignment = alignment
         self.source = source
         self.steps = steps
-        self.batches = math.ceil(count / source.batch_size)
+        self.batches = 1 if source.lasting else math.ceil(count / source.batch_size)
         self.view = Identity() if view is None else view
         self.priors = dict(priors or {})
+        self.guides = Guides(guidance or {}, student)
+        self.labels = RandomLabels() if labels is None else labels
+        self.surgery = surgery
+        self.finalize = Identity() if finalize is None else finalize
+        self.settling = Settling(early_stop)
         self.seed = seed
         self._optimizer_factory = optimizer
         self._schedule_factory = schedule
         self._fresh_groups: list[dict[str, Any]] = []
         self._fresh_schedule: dict[str, Any] = {}
-        self._loss = torch.zeros(())
         self.register_buffer("images", torch.full((count, *alignment.input_size), math.nan))
         self.register_buffer("entered", torch.tensor(NO_BATCH))  # the epoch whose batch is being optimised
+        self.register_buffer("last_loss", torch.zeros(()))  # kept, because a resumed run asks whether it has settled
+        self._bind()
+
+    def _bind(self) -> None:
+        """Tell source and terms the number of classes and the classifier, and refuse what cannot work together."""
+        size = self.alignment.input_size
+        classifier = ClassifierInput(self.alignment.network, size)
+        with torch.no_grad():
+            self.classes = self.alignment.network(torch.zeros(1, *size, device=self.alignment.home)).shape[1]
+        self.source.bind(self.classes, classifier.classifier)
+        self.guides.bind(self.classes, classifier.width)
+        self._features = classifier if self.guides.uses_features else None
+        if self._features is not None and self.surgery is not None and not self.surgery.keeps_features:
+            raise ValueError(
+                f"guidance, surgery: expected terms on features or {type(self.surgery).__name__}, got both; it changes "
+                "what features mean. Set generator.surgery=null or leave the term out"
+            )
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole stage."""
         return self.batches * self.steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is optimised; without it, call `render` instead of a Trainer."""
+        return self.steps > 0
+
+    def render(self) -> None:
+        """Make the images of a source as it starts: noise."""
+        for epoch in range(self.batches):
+            self.source.reset(seeded(self.seed, "source", epoch))
+            self._finish(epoch)
 
     @property
     def progress_label(self) -> str:
@@ -118,8 +168,8 @@ class GeneratorModule(pl.LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(float(self._loss))
+        if isinstance(scheduler, ReduceLROnPlateau | Rates):
+            scheduler.step(float(self.last_loss))
         else:
             scheduler.step()
 
@@ -128,11 +178,15 @@ class GeneratorModule(pl.LightningModule):
         if self.trainer.ckpt_path is None:
             self.entered.fill_(NO_BATCH)  # a fit that was interrupted before does not count
 
-    def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: int, batch_idx: int) -> int | None:
         # Lightning skips on_train_epoch_start after a resume, even when the checkpoint was the last of its epoch.
         # Inside an epoch nothing is to be done: the checkpoint holds all that `enter` sets.
         if batch_idx == 0:
             self.enter(self.current_epoch)
+        elif (batch_idx - 1) % CHECK_EVERY == 0 and self.settling.settled(batch_idx, float(self.last_loss)):
+            self._finish(self.current_epoch)
+            return SKIP_REST
+        return None
 
     def enter(self, epoch: int) -> None:
         """Start the batch of images `epoch`: fresh parameters, optimizer and schedule. Idempotent."""
@@ -146,6 +200,8 @@ class GeneratorModule(pl.LightningModule):
             )
         if epoch == 0:
             self.alignment.forget()
+            self.guides.forget()
+        self.settling.forget()
         self.source.reset(seeded(self.seed, "source", epoch))
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
@@ -158,16 +214,34 @@ class GeneratorModule(pl.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Return the loss of the present images; `batch` only counts."""
         epoch = self.current_epoch
-        images = self.source()
-        terms = self.alignment(self.view(images, seeded(self.seed, "view", epoch, batch_idx)))
+        labels = self._labels(epoch, batch_idx if self.labels.every_step else 0)
+        images = self.source(seeded(self.seed, "latent", epoch, batch_idx), labels)
+        terms = self._network_terms(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
         for name, prior in self.priors.items():
             terms[name] = prior(images, seeded(self.seed, name, epoch, batch_idx))
         loss = torch.stack(list(terms.values())).sum()
-        self._loss = loss.detach()
-        if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self._loss.isfinite():
+        self.last_loss = loss.detach()
+        if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
             self._diverged(self.alignment.first_non_finite(images) or "a prior, or the sum of the terms", batch_idx)
         self._log(loss, terms)
         return loss
+
+    def _labels(self, epoch: int, step: int) -> Tensor:
+        drawn = self.labels.draw(self.source.batch_size, self.classes, seeded(self.seed, "labels", epoch, step))
+        return drawn.to(self.device)
+
+    def _seen(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        return self.view(images, seeded(self.seed, "view", epoch, step), step)
+
+    def _network_terms(self, seen: Tensor, labels: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
+        """The terms that need a pass through the network: one, and one through the student where a term compares."""
+        change = nullcontext()
+        if self.surgery is not None:
+            change = self.surgery(self.alignment.network, seeded(self.seed, "surgery", epoch, step))
+        with change:
+            look = self.alignment.look(seen, self._features)
+        terms = self.alignment.terms(look.moments, len(seen))
+        return terms | self.guides(seen, Answer(look.logits, labels, look.features))
 
     def optimizer_step(
         self,
@@ -184,18 +258,28 @@ class GeneratorModule(pl.LightningModule):
 
     @torch.no_grad()
     def _finish(self, epoch: int) -> None:
-        """Keep the parameters after the last step."""
-        images, start = self.source(), epoch * self.source.batch_size
-        if not images.isfinite().all():
-            self._diverged("the images", self.steps - 1)
-        self.images[start : start + len(images)] = images[: len(self.images) - start]
-        self.alignment.remember(images)
+        """Keep what the parameters give after the last step."""
+        start = epoch * self.source.batch_size
+        stop = len(self.images) if self.source.lasting else min(start + self.source.batch_size, len(self.images))
+        for first in range(start, stop, self.source.batch_size):
+            # of a source that lasts, each further batch is made from latents and labels of its own
+            labels = self._labels(first // self.source.batch_size, self.steps if self.source.lasting else 0)
+            images = self.source(seeded(self.seed, "images", first), labels)
+            if not images.isfinite().all():
+                self._diverged("the images", self.steps - 1)
+            images = self.finalize(images, seeded(self.seed, "finalize", first))
+            room = self.images[first : min(first + len(images), stop)]
+            room.copy_(images[: len(room)])
+            self.alignment.remember(images)
+            if self._features is not None:
+                look = self.alignment.look(images, self._features)
+                self.guides.remember(Answer(look.logits, labels, look.features))
         self.entered.fill_(NO_BATCH)
 
     def _diverged(self, where: str, step: int) -> None:
         raise RuntimeError(
-            f"synthesis: expected a finite loss, got {float(self._loss)} in batch {self.current_epoch} at step {step} "
-            f"(checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or look for extreme "
+            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch} at step "
+            f"{step} (checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or look for extreme "
             "weights or stored statistics before that place"
         )
 
@@ -209,53 +293,3 @@ class GeneratorModule(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.alignment.teardown(stage)
-
-
-def build_generator(
-    network: nn.Module,
-    input_size: tuple[int, int, int],
-    *,
-    count: int,
-    seed: int,
-    steps: int,
-    batch_size: int | None,
-    source: Callable[..., SampleSource],
-    optimizer: OptimizerFactory,
-    schedule: ScheduleFactory | None = None,
-    probe: Probe | None = None,
-    criterion: Criterion | None = None,
-    layer_weights: LayerWeights | None = None,
-    targets: TargetSource | None = None,
-    slack: Callable[..., TargetSource] | None = None,
-    input_weight: float = 0.0,
-    view: View | None = None,
-    priors: Mapping[str, Prior | None] | None = None,
-    decorrelation: Callable[..., Prior] | None = None,
-) -> GeneratorModule:
-    """Compose a generator of `count` images for `network`; `conf/generator/*.yaml` names the parts.
-
-    `batch_size` None stands for L, the number of BatchNorm layers. `source` is called with (batch size, input size),
-    `slack` with (targets, batch_size=, seed=), `decorrelation` with the weight 1 / L. None leaves a part out, also
-    among `priors`; no targets and layer weights stand for BatchNorm's own and uniform ones.
-    """
-    layers = len(execution_order(network.eval(), input_size))
-    samples = layers if batch_size is None else batch_size
-    goal = BNTargets() if targets is None else targets
-    if slack is not None:
-        goal = slack(goal, batch_size=samples, seed=seed)
-    terms = {name: prior for name, prior in (priors or {}).items() if prior is not None}
-    if decorrelation is not None:
-        terms["decorrelation"] = decorrelation(1 / layers)
-    how: dict[str, Any] = {"probe": probe, "criterion": criterion, "layer_weights": layer_weights}
-    alignment = BNAlignmentModule(network, input_size, targets=goal, input_weight=input_weight, **how)
-    return GeneratorModule(
-        alignment,
-        source(samples, input_size),
-        count=count,
-        steps=steps,
-        optimizer=optimizer,
-        schedule=schedule,
-        view=view,
-        priors=terms,
-        seed=seed,
-    )

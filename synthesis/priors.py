@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from synthesis.moments import moments
 from synthesis.views import Identity, View
 
 
@@ -53,6 +54,18 @@ class L2Norm(Prior):
 
     def penalty(self, images: Tensor, rng: torch.Generator) -> Tensor:
         return _norms(images).mean()
+
+
+class InputMoments(Prior):
+    """Squared distance of each image's channel means from 0 and deviations from 1, summed over channels (GENIE).
+
+    Jeon, Lee, Kim, "GENIE", CVPR 2023, arXiv 2212.04780. ZeroQ's input term is the same with the probe of the layers
+    (`input_weight`); GENIE takes it image by image although its layers see the whole batch.
+    """
+
+    def penalty(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        mean, var = moments(images, "sample", unbiased=True)
+        return (mean.square() + ((var + 1e-6).sqrt() - 1).square()).sum(1).mean()
 
 
 def _norms(images: Tensor) -> Tensor:  # (N, C, H, W) -> (N,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from synthesis.moments import Moments, Probe, Statistics, merge
 from synthesis.seeding import seeded
-from synthesis.statistics import BNStatistics, batch_norms, device_of, execution_order
+from synthesis.statistics import LayerStatistics, Site, batch_norms, device_of, execution_order
 
 
 class Target(NamedTuple):
@@ -27,7 +27,9 @@ class Target(NamedTuple):
 
 
 class TargetSource(ABC):
-    """Where target moments come from."""
+    """Where target moments come from, and at which layers; `site` says where those are read."""
+
+    site: Site = "bn_input"
 
     @abstractmethod
     def targets(self, network: nn.Module, input_size: tuple[int, int, int], probe: Probe) -> dict[str, Target]:
@@ -77,6 +79,7 @@ class Slack(TargetSource):
         if images < 1 or batch_size < 1:
             raise ValueError(f"images, batch_size: expected at least 1, got {images} and {batch_size}")
         self.source = source
+        self.site = source.site
         self.percentile = percentile
         self.images = images
         self.batch_size = batch_size
@@ -108,7 +111,7 @@ class Slack(TargetSource):
         if probe.reduction != "batch":
             sizes[-1] = self.images - self.batch_size * (len(sizes) - 1)
         for size in sizes:
-            with BNStatistics(network, probe) as seen:
+            with LayerStatistics(network, probe, self.site) as seen:
                 network(torch.randn(size, *input_size, generator=rng).to(device))
             batches.append(seen)
         rows: dict[str, Moments] = {}

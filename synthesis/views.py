@@ -1,9 +1,10 @@
-"""What a network, or a prior, sees of the images: random shifts, flips and crops. No loops over samples."""
+"""What a network, or a prior, sees of the images: shifts, flips, crops, filters. No loops over samples."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,14 @@ class View(ABC):
     """A differentiable, possibly random, change of the images."""
 
     @abstractmethod
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Return the view of `images` (N, C, H, W); every draw comes from `rng`, a CPU generator."""
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
+        """Return the view of `images` (N, C, H, W) at a step; every draw comes from `rng`, a CPU generator."""
 
 
 class Identity(View):
     """The images themselves."""
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
         return images
 
 
@@ -39,7 +40,7 @@ class RollFlip(View):
         self.shift = shift
         self.flip = _probability("flip", flip)
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
         down, right = torch.randint(-self.shift, self.shift + 1, (2,), generator=rng).tolist()
         images = images.roll((down, right), (2, 3))
         return images.flip(3) if _coin(self.flip, rng) else images
@@ -72,7 +73,7 @@ class RandomResizedCrop(View):
         self.flip = _probability("flip", flip)
         self.probability = _probability("probability", probability)
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
         if not _coin(self.probability, rng):
             return images
         area, aspect, x, y, flip = torch.rand(5, len(images), generator=rng)
@@ -97,8 +98,67 @@ class AveragePool(View):
             raise ValueError(f"factor: expected an integer >= 1, got {factor}")
         self.factor = factor
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
         return F.avg_pool2d(images, self.factor)
+
+
+class InTurn(View):
+    """One view for the first so many steps, the next for the following, and so on: coarse images first.
+
+    Args:
+        views: in order.
+        steps: of each view; the last view stays for what is left.
+    """
+
+    def __init__(self, views: Sequence[View], steps: Sequence[int]) -> None:
+        if len(views) != len(steps) or not views or min(steps) < 1:
+            raise ValueError(f"steps: expected a positive number for each of {len(views)} views, got {list(steps)}")
+        self.views = list(views)
+        self.steps = list(steps)
+
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
+        for view, length in zip(self.views, self.steps, strict=True):
+            if step < length:
+                return view(images, rng, step)
+            step -= length
+        return self.views[-1](images, rng, step)
+
+
+class AllOf(View):
+    """Several views, one after the other."""
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self.views = list(views)
+
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
+        for view in self.views:
+            images = view(images, rng, step)
+        return images
+
+
+class LowPass(View):
+    """Multiply the spectrum by exp(-D^2 / (2 D0^2)), D the distance from frequency zero in cycles an image.
+
+    Kim, Kim, Kang, "SynQ: Accurate Zero-shot Quantization by Synthesis-aware Fine-tuning", ICLR 2025, which filters
+    finished images.
+
+    Args:
+        cutoff: D0 for an image of 224 pixels, in cycles an image (published: 20 to 100); it is scaled by the height,
+            so that it means the same share of the highest frequency at every size.
+    """
+
+    def __init__(self, cutoff: float = 70.0) -> None:
+        if cutoff <= 0:
+            raise ValueError(f"cutoff: expected a positive number of cycles an image, got {cutoff}")
+        self.cutoff = cutoff
+
+    def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
+        height, width = images.shape[2:]
+        down = torch.fft.fftfreq(height, 1 / height, device=images.device)
+        right = torch.fft.rfftfreq(width, 1 / width, device=images.device)
+        limit = self.cutoff * height / 224
+        gain = (-(down[:, None].square() + (right * (height / width)).square()) / (2 * limit**2)).exp()
+        return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
 
 
 def _coin(probability: float, rng: torch.Generator) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -18,8 +17,7 @@ from datamodules.calibration import CalibrationSource, NoiseImages, RealImages, 
 from datamodules.ledger import DataLedger
 from networks.fingerprint import fingerprint
 from networks.teachers import Teacher, load_teacher
-
-CONF = Path(__file__).parents[2] / "conf" / "calibration"
+from tests.configuration import composed, options
 
 
 def small_teacher(channels: int, side: int, classes: int = 10, resize: int | None = None) -> Teacher:
@@ -144,17 +142,16 @@ def test_synthetic_images_are_those_that_were_made(teacher: Teacher, ledger: Dat
     assert (got.origin, got.files) == ("synthetic", None)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+@pytest.mark.parametrize("name", options("calibration"))
 def test_every_configuration_loads(name: str, teacher: Teacher, ledger: DataLedger):
-    upward = {"paths": {"data": ""}, "model": {"dataset": "fashion_mnist"}, "seed": 0}
-    config = OmegaConf.create({**upward, "calibration": OmegaConf.load(CONF / f"{name}.yaml")})
-    OmegaConf.set_struct(config, True)
-    assert isinstance(config.calibration, DictConfig)
-    source = instantiate(config.calibration, count=8)
+    config = composed([f"calibration={name}"]).calibration
+    counted = {"count": 8} if "count" in config else {}
+    source = instantiate(config, **counted)
     assert isinstance(source, CalibrationSource)
     got = source.load(teacher, ledger, lambda count: torch.zeros(count, 1, 28, 28))
-    assert got.images.shape == (8, 1, 28, 28)
-    assert got.origin == name == source.origin
+    assert got.images.shape == (8 if counted else 0, 1, 28, 28)
+    assert got.origin == name.split("_")[0] == source.origin
+    assert (got.rule is not None) == (got.origin == "none")
 
 
 @pytest.mark.data

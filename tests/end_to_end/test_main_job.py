@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,6 +68,41 @@ def test_real_images_are_listed(tmp_path: Path) -> None:
     assert facts["data_free"] is False
     assert [entry["stage"] for entry in facts["real_data"]] == ["calibration", "evaluation"]
     assert len(facts["images"]["files"]) == 8
+
+
+NO_IMAGES = [option for option in SMALL if not option.startswith("calibration.count")]
+
+
+@pytest.mark.parametrize("calibration", ["none", "none_aciq"])
+def test_without_any_image_ranges_come_from_moments(tmp_path: Path, calibration: str) -> None:
+    run_job(composed([*NO_IMAGES, f"calibration={calibration}", "reconstruction=none"], tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["data_free"] is True
+    assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation"]
+    assert (facts["row"]["images"], facts["row"]["image_count"]) == ("none", 0)
+    scales = [value for key, value in student(tmp_path).items() if "activation_sites" in key and key.endswith("scale")]
+    assert scales
+    assert all(float(scale) > 0 and float(scale) != 1 for scale in scales)
+
+
+def test_nothing_can_be_reconstructed_without_images(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"reconstruction: expected none with calibration=none.*add reconstruction=none"
+    ):
+        run_job(composed([*NO_IMAGES, "calibration=none"], tmp_path))
+    assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_targets_are_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*SMALL, "generator=dsg", "generator.slack.images=8"]
+    first, again = tmp_path / "first", tmp_path / "again"
+    run_job(composed(overrides, first))
+    assert (first / "targets.png").stat().st_size > 0
+    monkeypatch.setattr("synthesis.targets.Slack.targets", lambda *arguments: pytest.fail("measured again"))
+    cfg = composed([*overrides, "generator.steps=3"], again)  # other images, the same targets
+    with open_dict(cfg):
+        cfg.paths.store = str(first / "store")
+    run_job(cfg)
 
 
 def test_images_are_synthesised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

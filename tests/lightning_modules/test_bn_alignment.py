@@ -15,7 +15,7 @@ from networks.cifar_resnet import CifarResNet
 from synthesis.criteria import LayerwiseEnhancement, SquaredL2
 from synthesis.moments import Probe
 from synthesis.seeding import seeded
-from synthesis.statistics import BNStatistics
+from synthesis.statistics import LayerStatistics
 from synthesis.targets import BNTargets, Slack
 
 SIZE = (3, 8, 8)
@@ -75,7 +75,7 @@ def test_loss_of_zeroq_written_out(network: CifarResNet, images: Tensor, criteri
 
 def test_zero_if_and_only_if_the_moments_agree(network: CifarResNet, images: Tensor) -> None:
     probe = Probe("batch", moment="var")
-    with torch.no_grad(), BNStatistics(network, probe) as seen:
+    with torch.no_grad(), LayerStatistics(network, probe) as seen:
         network(images)
     for name, part in seen.items():
         network.get_submodule(name).running_mean.copy_(part.mean)  # type: ignore[operator, union-attr]
@@ -161,6 +161,20 @@ def test_validation_logs_the_gaps_of_every_layer(network: CifarResNet, images: T
     assert metrics["alignment/bn1/mean_gap"] == pytest.approx(gap.item(), rel=1e-5)
     for name in (*module.layers, "input"):
         assert {f"alignment/{name}/mean_gap", f"alignment/{name}/std_gap"} <= metrics.keys()
+
+
+def test_several_sets_are_told_apart_and_their_diversity_logged(network: CifarResNet, images: Tensor) -> None:
+    module = BNAlignmentModule(network, SIZE, probe=Probe("batch"))
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    sets = [DataLoader(list(images), batch_size=4), DataLoader([images[0]] * 4, batch_size=2)]
+    found = trainer.validate(module, sets, verbose=False)
+    first = second = {name: value for part in found for name, value in part.items()}
+    assert second["alignment/feature_similarity/dataloader_idx_1"] == pytest.approx(1, abs=1e-5)
+    assert first["alignment/feature_similarity/dataloader_idx_0"] < 0.9999
+    x = network.conv1(images)
+    bn = network.bn1
+    spread = ((x.mean((2, 3)) - bn.running_mean) / (bn.running_var + 1e-6).sqrt()).square().mean().sqrt()  # type: ignore[operator]
+    assert first["alignment/bn1/mean_spread/dataloader_idx_0"] == pytest.approx(spread.item(), rel=1e-4)
 
 
 def test_network_without_batch_norm_is_refused() -> None:

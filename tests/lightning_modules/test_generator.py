@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from datamodules.steps import Steps
-from lightning_modules.generator import GeneratorModule, build_generator
+from lightning_modules.generator import GeneratorModule
+from lightning_modules.synthesis import build_generator
 from networks.cifar_resnet import CifarResNet
 from synthesis.criteria import LayerwiseEnhancement
 from synthesis.decorrelation import Decorrelation
@@ -277,16 +278,81 @@ def test_presets_run(network: CifarResNet, preset: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "change"),
     [
-        ("dsg", {"slack": None}),
-        ("dsg", {"layer_weights": None, "batch_size": 3}),
-        ("dsg_journal", {"decorrelation": None, "priors": {"l2": None}}),
+        ("dsg", {"sda": False}),
+        ("dsg", {"lse": False, "batch_size": 3}),
+        ("dsg_journal", {"sci": False, "priors": {"l2": None}}),
     ],
 )
 def test_parts_can_be_switched_off(network: CifarResNet, preset: str, change: dict[str, Any]) -> None:
     config = OmegaConf.merge(OmegaConf.load(CONF / f"{preset}.yaml"), change)
     module = instantiate(config)(network=network, input_size=SIZE, count=3, seed=0)
-    assert not (set(change) | set(change.get("priors", {}))) & set(module.priors)
-    assert "slack" not in change or type(module.alignment.targets).__name__ == "BNTargets"
+    assert ("decorrelation" in module.priors) == config.sci
+    assert not set(change.get("priors", {})) & set(module.priors)
+    assert (type(module.alignment.targets).__name__ == "Slack") == config.sda
+    assert (type(module.alignment.layer_weights).__name__ == "LayerwiseEnhancement") == config.lse
+
+
+def test_a_part_that_is_not_there_cannot_be_switched_on(network: CifarResNet) -> None:
+    config = OmegaConf.merge(OmegaConf.load(CONF / "dsg.yaml"), {"slack": None})
+    with pytest.raises(ValueError, match=r"generator\.slack: expected a part"):
+        instantiate(config)(network=network, input_size=SIZE, count=3, seed=0)
+
+
+class GlimpseOf(Callback):
+    """Keeps the number of steps that each epoch took."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps += [0] * (trainer.current_epoch + 1 - len(self.steps))
+        self.steps[trainer.current_epoch] += 1
+
+
+def test_early_stop_ends_a_batch_without_progress_and_keeps_its_images(network: CifarResNet) -> None:
+    still = {"optimizer": functools.partial(torch.optim.SGD, lr=0.0), "schedule": None, "count": 8, "steps": 200}
+    module, glimpse = build(network, early_stop=50, **still), GlimpseOf()
+    trainer(module, callbacks=[glimpse]).fit(module)
+    assert glimpse.steps == [51, 51]  # looked at after 1, 26 and 51 steps
+    expected = torch.cat([torch.randn(4, *SIZE, generator=seeded(0, "source", epoch)) for epoch in range(2)])
+    assert torch.equal(module.images, expected)
+    patient, whole = build(network, **still), GlimpseOf()
+    trainer(patient, callbacks=[whole]).fit(patient)
+    assert whole.steps == [200, 200]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_early_stop_resumes_where_it_was(network: CifarResNet, tmp_path: Path) -> None:
+    slow = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-5), "schedule": None, "count": 4, "steps": 90}
+    whole, stopped, resumed = (build(network, early_stop=25, **slow) for _ in range(3))
+    glimpse = GlimpseOf()
+    trainer(whole, callbacks=[glimpse]).fit(whole)
+    assert glimpse.steps == [26]
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    keep = {"enable_checkpointing": True}
+    with pytest.raises(Interrupt):
+        trainer(stopped, callbacks=[checkpoint, InterruptAt(1)], **keep).fit(stopped)
+    trainer(resumed, callbacks=[checkpoint], **keep).fit(resumed, ckpt_path=tmp_path / "step=1.ckpt")
+    assert torch.equal(resumed.images, whole.images)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("preset", ["intraq_cifar10", "genie", "qimera"])
+def test_generators_labels_and_margins_resume_bitwise(network: CifarResNet, tmp_path: Path, preset: str) -> None:
+    def compose() -> GeneratorModule:
+        config = OmegaConf.merge(OmegaConf.load(CONF / f"{preset}.yaml"), {"steps": 4, "batch_size": 4})
+        return instantiate(config)(network=network, input_size=SIZE, count=10, seed=0)
+
+    whole = compose()
+    trainer(whole).fit(whole)
+    step = 6 if whole.batches > 1 else 2
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    keep = {"enable_checkpointing": True}
+    stopped, resumed = compose(), compose()
+    with pytest.raises(Interrupt):
+        trainer(stopped, callbacks=[checkpoint, InterruptAt(step)], **keep).fit(stopped)
+    trainer(resumed, callbacks=[checkpoint], **keep).fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert torch.equal(resumed.images, whole.images)
 
 
 def test_enhancement_with_another_batch_size_is_refused(network: CifarResNet) -> None:

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from synthesis.criteria import LayerwiseEnhancement, SquaredL2, Uniform
+from synthesis.criteria import (
+    Criterion,
+    FirstLayer,
+    LayerwiseEnhancement,
+    Norm,
+    NormalDivergence,
+    NormalizedDistance,
+    SquaredL2,
+    Uniform,
+)
 from synthesis.moments import Statistics
 
 SIZES = (3, 5)
@@ -86,3 +95,61 @@ def test_misspelt_options_are_refused() -> None:
         SquaredL2("max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers"):
         Uniform("max")  # type: ignore[arg-type]
+
+
+def by_layer(part: Statistics, sample: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    mean, spread = part if sample is None else (part.mean[sample], part.spread[sample])
+    return list(zip(mean.split(SIZES), spread.split(SIZES), strict=True))
+
+
+NO_SLACK = Statistics(torch.zeros(8), torch.zeros(8))
+
+
+def test_norm_is_not_squared_and_keeps_its_gradient_near_the_target() -> None:
+    rng = torch.Generator().manual_seed(1)
+    seen, target = draw(rng, 2, 8), draw(rng, 8)
+    losses = Norm()(seen, target, NO_SLACK, SEGMENTS)
+    for sample in range(2):
+        for layer, ((m, s), (mu, sigma)) in enumerate(zip(by_layer(seen, sample), by_layer(target), strict=True)):
+            torch.testing.assert_close(losses[sample, layer], (m - mu).norm() + (s - sigma).norm())
+    near = Statistics((target.mean + 1e-4).unsqueeze(0).requires_grad_(), target.spread.unsqueeze(0))
+    (gradient,) = torch.autograd.grad(Norm()(near, target, NO_SLACK, SEGMENTS).sum(), near.mean)
+    torch.testing.assert_close(gradient[0, :3].norm(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
+def test_normalized_distance_and_what_it_ignores() -> None:
+    rng = torch.Generator().manual_seed(2)
+    seen, target = draw(rng, 2, 8), draw(rng, 8)
+    losses = NormalizedDistance()(seen, target, NO_SLACK, SEGMENTS)
+    for sample in range(2):
+        for layer, ((m, s), (mu, sigma)) in enumerate(zip(by_layer(seen, sample), by_layer(target), strict=True)):
+            expected = ((m - mu) / ((s + 1e-6) ** 2 + (sigma + 1e-6) ** 2).sqrt()).norm()
+            torch.testing.assert_close(losses[sample, layer], expected)
+    same_means = Statistics(target.mean.unsqueeze(0), 7 * target.spread.unsqueeze(0))
+    assert NormalizedDistance()(same_means, target, NO_SLACK, SEGMENTS).sum() == 0
+
+
+def test_normal_divergence_against_torch_distributions() -> None:
+    rng = torch.Generator().manual_seed(3)
+    seen, target = draw(rng, 2, 8), draw(rng, 8)
+    losses = NormalDivergence()(seen, target, NO_SLACK, SEGMENTS)
+    for sample in range(2):
+        for layer, (ours, theirs) in enumerate(zip(by_layer(seen, sample), by_layer(target), strict=True)):
+            p, q = (torch.distributions.Normal(m, s + 1e-12) for m, s in (ours, theirs))
+            expected = torch.distributions.kl_divergence(p, q).sum()
+            torch.testing.assert_close(losses[sample, layer], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", [SquaredL2(), Norm(), NormalizedDistance(), NormalDivergence()])
+def test_finite_gradient_at_the_target(criterion: Criterion) -> None:
+    target = Statistics(torch.zeros(8), torch.ones(8))
+    seen = Statistics(*(part.unsqueeze(0).clone().requires_grad_() for part in target))
+    loss = criterion(seen, target, NO_SLACK, SEGMENTS).sum()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    gradients = torch.autograd.grad(loss, list(seen), allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+def test_first_layer_counts_more() -> None:
+    torch.testing.assert_close(FirstLayer(10, weight=0.01)(5, 3, "batch", CPU), torch.tensor([[0.1, 0.01, 0.01]]))
+    torch.testing.assert_close(Uniform("mean", weight=0.3)(5, 3, "batch", CPU), torch.full((1, 3), 0.1))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from networks.cifar_resnet import CifarResNet
 from synthesis.moments import Probe, moments
-from synthesis.statistics import BNStatistics, execution_order
+from synthesis.statistics import LayerStatistics, execution_order
 
 
 class Shuffled(nn.Module):
@@ -42,7 +42,7 @@ def hooks(network: nn.Module) -> int:
 
 def test_layers_are_paired_by_identity_and_in_order_of_execution() -> None:
     network = Shuffled().eval()
-    with BNStatistics(network, Probe("batch")) as seen:
+    with LayerStatistics(network, Probe("batch")) as seen:
         network(torch.randn(2, 3, 9, 9))
     assert list(seen) == ["first", "last"]
     for name, x in network.inputs.items():
@@ -52,21 +52,21 @@ def test_layers_are_paired_by_identity_and_in_order_of_execution() -> None:
 
 def test_a_layer_that_runs_twice_has_its_observations_merged() -> None:
     network = Shuffled(repeat=True).eval()
-    with BNStatistics(network, Probe("batch")) as seen:
+    with LayerStatistics(network, Probe("batch")) as seen:
         network(torch.randn(2, 3, 9, 9))
     torch.testing.assert_close(seen["first"], moments(torch.cat(network.inputs["first"])))
 
 
 def test_no_hooks_left_also_after_an_exception() -> None:
     network = CifarResNet(8).eval()
-    with BNStatistics(network, Probe()):
+    with LayerStatistics(network, Probe()):
         assert hooks(network) == 7
     assert hooks(network) == 0
-    with pytest.raises(RuntimeError), BNStatistics(network, Probe()):
+    with pytest.raises(RuntimeError), LayerStatistics(network, Probe()):
         network(torch.zeros(1, 5, 8, 8))
     assert hooks(network) == 0
 
 
 def test_network_without_batch_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="needs no BatchNorm"):
-        BNStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Probe())
+        LayerStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Probe())

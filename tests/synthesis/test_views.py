@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from synthesis.views import AveragePool, Identity, RandomResizedCrop, RollFlip, View
+from synthesis.views import AllOf, AveragePool, Identity, InTurn, LowPass, RandomResizedCrop, RollFlip, View
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("view", [Identity(), RollFlip(2), RandomResizedCrop(probability=1.0), AveragePool(2)])
+@pytest.mark.parametrize(
+    "view", [Identity(), RollFlip(2), RandomResizedCrop(probability=1.0), AveragePool(2), LowPass(70.0)]
+)
 def test_same_generator_same_view_and_a_gradient(view: View) -> None:
     images = torch.randn(4, 3, 8, 6, requires_grad=True)
     seen = view(images, rng())
@@ -81,3 +84,34 @@ def test_average_pool() -> None:
 def test_wrong_arguments_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match="expected"):
         make()  # type: ignore[operator]
+
+
+def test_low_pass_multiplies_the_spectrum_by_a_gaussian() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    spectrum, filtered = (np.fft.fft2(x.double().numpy()) for x in (images, LowPass(70.0)(images, rng())))
+    limit = 70 * 16 / 224
+    for y in range(16):
+        for x in range(16):
+            distance = min(y, 16 - y) ** 2 + min(x, 16 - x) ** 2
+            gain = np.exp(-distance / (2 * limit**2))
+            np.testing.assert_allclose(filtered[..., y, x], gain * spectrum[..., y, x], atol=1e-4)
+
+
+def test_low_pass_means_the_same_share_at_every_size_and_keeps_the_mean() -> None:
+    wave = torch.linspace(0, 1, 33)[:-1].mul(2 * torch.pi * 4).cos()  # 4 of 16 possible cycles
+    small = wave.view(1, 1, 1, 32).expand(1, 1, 32, 32)
+    large = small.repeat(1, 1, 2, 2)  # 8 of 32 possible cycles
+    view = LowPass(30.0)
+    torch.testing.assert_close(view(large, rng())[..., :32, :32], view(small, rng()))
+    images = torch.randn(2, 3, 9, 12) + 5
+    torch.testing.assert_close(view(images, rng()).mean((2, 3)), images.mean((2, 3)))
+
+
+def test_views_in_turn_and_all_of_them() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    view = InTurn([AveragePool(4), AveragePool(2), Identity()], [2, 3, 1])
+    assert [view(images, rng(), step).shape[-1] for step in range(8)] == [2, 2, 4, 4, 4, 8, 8, 8]
+    both = AllOf([AveragePool(2), RollFlip(0, flip=1.0)])
+    assert torch.equal(both(images, rng()), F.avg_pool2d(images, 2).flip(3))
+    with pytest.raises(ValueError, match="steps: expected a positive number for each of 2 views"):
+        InTurn([Identity(), Identity()], [3])
