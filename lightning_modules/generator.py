@@ -278,9 +278,9 @@ class GeneratorModule(pl.LightningModule):
 
     def _diverged(self, where: str, step: int) -> None:
         raise RuntimeError(
-            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch} at step "
-            f"{step} (checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or look for extreme "
-            "weights or stored statistics before that place"
+            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch} "
+            f"at step {step} (checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
+            "look for extreme weights or stored statistics before that place"
         )
 
     def _log(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
