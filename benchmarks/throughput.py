@@ -1,11 +1,11 @@
 """What Calibrant adds to the arithmetic: its steps over bare ones, measured side by side in one run.
 
-    python benchmarks/throughput.py [--threads 2] [--network cifar10_resnet20 resnet18]
+    python benchmarks/throughput.py [--threads 2] [--network cifar10_resnet20 resnet18] [--generators dsg zeroq ...]
 
-Synthesis: seconds of a training step of the DSG generator over a bare forward and backward (to the pixels) of the same
-teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same forward,
-loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. Rounds alternate between the two, so that other load on
-the machine falls on both; the figure is the ratio of the medians over rounds.
+Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of
+the same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
+forward, loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. Rounds alternate between the two, so that other
+load on the machine falls on both; the figure is the ratio of the medians over rounds.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from quantizers.convert import convert
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "throughput.csv"
 CASES = {"cifar10_resnet20": 64, "resnet18": 8}  # network -> batch of both loops
+
+
+Stage = Callable[[Any, Teacher, int, int], tuple[float, float]]
 
 
 class StepTimer(pl.Callback):
@@ -125,31 +128,43 @@ def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, 
     return plain_timed(step, steps)
 
 
-def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two rows for a network."""
-    batch = CASES[network]
-    overrides = [f"model={network}", "model.pretrained=false", "generator=dsg", "generator.layer_weights=null"]
-    overrides += [f"generator.batch_size={batch}", "generator.slack.images=8", f"generator.steps={options.steps}"]
+def composed(network: str, generator: str, options: argparse.Namespace) -> Any:
+    """The configuration of a case: random weights, few steps, few noise images, the batch of the bare loop."""
+    overrides = [f"model={network}", "model.pretrained=false", f"generator={generator}"]
+    overrides += [f"generator.batch_size={CASES[network]}", f"generator.steps={options.steps}"]
     overrides += [f"reconstruction={options.reconstruction}", f"reconstruction.iterations={options.steps}"]
+    if generator.startswith("dsg"):
+        overrides += ["generator.slack.images=8", "generator.lse=false"]  # LSE ties the batch to the layers
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
-    teacher: Teacher = instantiate(cfg.model)
+        return compose("config", overrides=overrides)
+
+
+def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each generator, and one for reconstruction."""
+    batch = CASES[network]
+    cases: list[tuple[str, str, Stage, float]] = [("synthesis", name, synthesis, 1.25) for name in options.generators]
+    cases.append(("reconstruction", options.reconstruction, reconstruction, 1.15))
     rows = []
-    for stage, function, goal in (("synthesis", synthesis, 1.25), ("reconstruction", reconstruction, 1.15)):
+    for stage, preset, function, goal in cases:
+        cfg = composed(network, preset if stage == "synthesis" else options.generators[0], options)
+        teacher: Teacher = instantiate(cfg.model)
         pairs = [function(cfg, teacher, batch, options.steps) for _ in range(options.rounds)]
         ours, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         size = batch if stage == "synthesis" else cfg.reconstruction.batch_size
         rows.append(
             {
-                "network": network, "stage": stage, "batch": size, "ratio": round(ratio, 3), "goal": goal,
+                "network": network, "stage": stage, "preset": preset, "batch": size, "ratio": round(ratio, 3),
+                "goal": goal,
                 "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": options.steps,
                 "rounds": options.rounds, "machine": machine(), "commit": commit(),
                 "date": datetime.now(UTC).date().isoformat(),
             }
         )  # fmt: skip
         print(
-            f"{network:18} {stage:15} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  bare {bare:.4f} s", flush=True
+            f"{network:18} {stage:15} {preset:20} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  "
+            f"bare {bare:.4f} s",
+            flush=True,
         )
     return rows
 
@@ -158,6 +173,7 @@ def main() -> None:
     """Measure, print, and replace these networks' rows in benchmarks/results/throughput.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--generators", nargs="+", default=["dsg"], help="options of conf/generator")
     parser.add_argument("--reconstruction", default="brecq", help="option of conf/reconstruction")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
