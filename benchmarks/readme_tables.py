@@ -11,6 +11,7 @@ import csv
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -30,6 +31,12 @@ def spread(values: list[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def order(item: tuple[tuple[str, ...], list[dict[str, str]]]) -> tuple[Any, ...]:
+    """Networks and protocols together, widest bits first."""
+    network, protocol, w, a, images, count, pipeline = item[0]
+    return network, protocol, -int(w), -int(a), pipeline, images, int(count)
+
+
 def table(name: str) -> list[str]:
     """Lines of one results file: a row a setting, over its seeds."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
@@ -40,7 +47,7 @@ def table(name: str) -> list[str]:
     lines = [f"**{TITLES[name]}**", ""]
     lines.append("| network | protocol | bits | images | reconstruction | seeds | float | nearest | top-1 |")
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    for (network, protocol, w, a, images, count, pipeline), group in groups.items():
+    for (network, protocol, w, a, images, count, pipeline), group in sorted(groups.items(), key=order):
         scores = [spread([float(row[key]) for row in group]) for key in ("float_top1", "nearest_top1", "top1")]
         scores[0] = scores[0].split(" ")[0]
         cells = [network, protocol, f"W{w}A{a}", f"{count} {images}", pipeline, str(len(group)), *scores]
