@@ -110,3 +110,10 @@ def build_dsg(
         elif parts.get(name) is None:
             raise ValueError(f"generator.{name}: expected a part to switch on, got none; see conf/generator/dsg.yaml")
     return build_generator(network, input_size, **parts)
+
+
+def build_noise(
+    network: nn.Module, input_size: tuple[int, int, int], *, steps: int = 0, **parts: Any
+) -> GeneratorModule:
+    """`build_generator` with no step at all, whatever `steps` a sweep over generators sets for the others."""
+    return build_generator(network, input_size, steps=0, **parts)

@@ -12,6 +12,7 @@ from omegaconf import open_dict
 
 from lightning_modules.generator import GeneratorModule
 from networks.teachers import Teacher
+from synthesis.seeding import seeded
 from tests.configuration import composed, options
 
 GENERATORS = options("generator")
@@ -64,3 +65,13 @@ def test_published_steps_and_batch_are_the_defaults(option: str) -> None:
     cfg = composed([f"generator={option}"]).generator
     assert cfg.steps in (0, 120, 500, 1000, 2000, 3000, 4000, 80000)
     assert cfg.batch_size is None or cfg.batch_size >= 16
+
+
+@pytest.mark.parametrize("option", ["noise", "uniform_noise"])
+def test_noise_stays_noise_when_a_sweep_sets_the_steps(option: str, teacher: Teacher) -> None:
+    cfg = composed(["model=tiny", f"generator={option}", "generator.steps=7"]).generator
+    module = instantiate(cfg)(network=teacher.network, input_size=teacher.input_size, count=3, seed=0)
+    assert not module.has_work
+    module.source.reset(seeded(0, "source", 0))
+    fresh = module.source(seeded(0), torch.zeros(0)).detach()
+    assert torch.equal(run(module), fresh[:3])
