@@ -55,7 +55,8 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         else:
             images = calibration_images(job, teacher)
             set_ranges(job, teacher, conversion, images)
-            networks["nearest"] = hardened_copy(conversion.student)
+            learns = job.cfg.reconstruction.phases != "none"
+            networks["nearest"] = hardened_copy(conversion.student) if learns else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:

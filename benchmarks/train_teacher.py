@@ -17,6 +17,7 @@ import argparse
 import gzip
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.cifar_resnet import CifarResNet
+from networks.fixup_resnet import FixupResNet, add_branch_multipliers, fold_branch_multipliers
 
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 CROP_PADDING = 2
+NETWORKS: dict[str, type[CifarResNet] | type[FixupResNet]] = {"resnet20": CifarResNet, "fixup_resnet20": FixupResNet}
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
@@ -84,6 +87,20 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * hits / len(labels)
 
 
+def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Weights with decay, biases and norms without; multipliers of residual branches at a tenth of the rate (Fixup)."""
+    scales = add_branch_multipliers(model) if isinstance(model, FixupResNet) else []
+    slow = {id(scale) for scale in scales}
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1 and id(p) not in slow]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay, "lr": options.lr},
+        {"params": plain, "weight_decay": 0.0, "lr": options.lr * (0.1 if scales else 1.0)},
+        {"params": scales, "weight_decay": 0.0, "lr": options.lr * 0.1},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def train(options: argparse.Namespace) -> None:
     """Train, print one line an epoch, and write the weights of the last epoch."""
     torch.manual_seed(options.seed)
@@ -92,14 +109,16 @@ def train(options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     images, labels = load_split(options.data, "train")
     test_images, test_labels = load_split(options.data, "t10k")
-    model = CifarResNet(20, num_classes=10, in_channels=1).to(memory_format=torch.channels_last)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    model = NETWORKS[options.network](20, num_classes=10, in_channels=1).to(memory_format=torch.channels_last)
+    groups = parameter_groups(model, options)
     optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
     steps = len(images) // options.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps * options.epochs, pct_start=0.2, cycle_momentum=False
+        optimizer,
+        [group["lr"] for group in groups],
+        total_steps=steps * options.epochs,
+        pct_start=0.2,
+        cycle_momentum=False,
     )
     for epoch in range(options.epochs):
         started, total = time.time(), 0.0
@@ -120,10 +139,12 @@ def train(options: argparse.Namespace) -> None:
         print(
             f"epoch {epoch + 1}/{options.epochs}  loss {total / steps:.4f}  {time.time() - started:.0f} s", flush=True
         )
+    if isinstance(model, FixupResNet):
+        fold_branch_multipliers(model)
     print(f"test top-1 {accuracy(model, test_images, test_labels):.2f} %")
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     temporary = options.output.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"network": "CifarResNet(20, 10, 1)", "data": "Fashion-MNIST"})
+    save_file(state, temporary, metadata={"network": f"{type(model).__name__}(20, 10, 1)", "data": "Fashion-MNIST"})
     temporary.replace(options.output)
 
 
@@ -132,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the Fashion-MNIST IDX files")
     parser.add_argument("--output", type=Path, default=Path("fashion_resnet20.safetensors"))
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20", help="fixup_resnet20: without BatchNorm")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2)

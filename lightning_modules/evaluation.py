@@ -21,7 +21,7 @@ class EvaluationModule(LightningModule):
     last two for the reference itself.
 
     Args:
-        networks: what to score, by name.
+        networks: what to score, by name; one that stands under several names runs once.
         reference: name of the float network among them.
 
     Raises:
@@ -51,14 +51,12 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Score one batch: images (B, C, H, W) and labels (B,)."""
         images, labels = batch
-        reference = self.networks[self.names.index(self.reference)](images).float()
+        answers = {network: network(images).float() for network in self.networks}  # each once, whatever its names
+        reference = answers[self.networks[self.names.index(self.reference)]]
         for name, network in zip(self.names, self.networks, strict=True):
-            if name == self.reference:
-                self._update(name, reference, labels)
-                continue
-            logits = network(images).float()
-            self._update(name, logits, labels)
-            self._compare(name, logits, reference)
+            self._update(name, answers[network], labels)
+            if name != self.reference:
+                self._compare(name, answers[network], reference)
 
     def on_test_epoch_end(self) -> None:
         """Log what was measured."""

@@ -15,11 +15,12 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from networks.cifar_resnet import CifarResNet
+from networks.fixup_resnet import FixupResNet
 from networks.resnet_v1 import resnet50_v1
 
 Source = Literal["torchvision", "timm", "cifar", "embedded", "random"]
 SOURCES = ("torchvision", "timm", "cifar", "embedded", "random")
-CIFAR_NAME = re.compile(r"resnet(\d+)")
+CIFAR_NAME = re.compile(r"(fixup_)?resnet(\d+)")
 # Published weights of these two expect the input rescaled inside the network; without heads, eval gives one tensor.
 TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": False},
@@ -33,7 +34,8 @@ def build(
     """Build an untrained network.
 
     Args:
-        source: whose network definition to use; "cifar", "embedded" and "random" all mean `CifarResNet`.
+        source: whose network definition to use; "cifar", "embedded" and "random" all mean `CifarResNet` ("resnet20")
+            or `FixupResNet` ("fixup_resnet20").
         architecture: the name within that source.
         num_classes: size of the output.
         in_channels: channels of the input.
@@ -51,8 +53,12 @@ def build(
         return timm.create_model(architecture, num_classes=num_classes, in_chans=in_channels, **options)
     match = CIFAR_NAME.fullmatch(architecture)
     if match is None:
-        raise unknown_architecture(architecture, source, [f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)])
-    return CifarResNet(int(match[1]), num_classes, in_channels)
+        depths = (8, 20, 32, 44, 56, 110)
+        raise unknown_architecture(
+            architecture, source, [f"{kind}{n}" for kind in ("resnet", "fixup_resnet") for n in depths]
+        )
+    family = FixupResNet if match[1] else CifarResNet
+    return family(int(match[2]), num_classes, in_channels)
 
 
 def _torchvision(architecture: str, num_classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:

@@ -45,6 +45,13 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))
 
 
+def blocks_per_stage(depth: int) -> int:
+    """Return (depth - 2) / 6; `ValueError` if that is no positive integer."""
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth: expected 6n + 2 (8, 20, 32, 44, 56, 110), got {depth}")
+    return (depth - 2) // 6
+
+
 class CifarResNet(nn.Module):
     """Stem, three stages of `(depth - 2) / 6` blocks at 16, 32 and 64 channels, global pooling, one linear layer.
 
@@ -59,9 +66,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth: expected 6n + 2 (8, 20, 32, 44, 56, 110), got {depth}")
-        blocks = (depth - 2) // 6
+        blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_channels, STAGE_WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
         self.relu = nn.ReLU()
