@@ -133,6 +133,8 @@ def train(options: argparse.Namespace) -> None:
             loss = F.cross_entropy(logits.float(), labels[index])
             optimizer.zero_grad()
             loss.backward()
+            if options.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
             schedule.step()
             total += loss.item()
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: not clipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     train(parser.parse_args())
