@@ -1,7 +1,7 @@
 """Teachers: pretrained float networks with all that is needed to feed and to check them.
 
 A teacher comes from torchvision, timm, a CIFAR ResNet checkpoint, the weights inside this package, or, for tests,
-from a seed. Whatever the source, it is frozen, in eval mode, in float32, with its BatchNorm layers intact.
+from a seed. Whatever the source, it is frozen, in eval mode, in float32, with its BatchNorm layers intact unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from networks.architectures import SOURCES, Source, build, published_weights
 from networks.checkpoints import load_weights, read_checkpoint
@@ -28,7 +29,7 @@ class Teacher:
     """A float network, and how its images are prepared.
 
     Attributes:
-        network: eval mode, no gradients, BatchNorm intact, float32.
+        network: eval mode, no gradients, float32, BatchNorm intact or (`fold_batch_norm`) gone.
         name: for records and tables.
         input_size: (C, H, W).
         num_classes: size of the output.
@@ -78,6 +79,7 @@ def load_teacher(
     pretrained: bool = True,
     weights: str = "DEFAULT",
     options: Mapping[str, Any] | None = None,
+    fold_batch_norm: bool = False,
     seed: int = 0,
 ) -> Teacher:
     """Build a network, load its weights, freeze it, and check that it takes what it says it takes.
@@ -92,6 +94,8 @@ def load_teacher(
         pretrained: False: seeded random weights, whatever else is said; for tests.
         weights: which published weights; torchvision's names, or the name of the embedded file.
         options: further arguments of the network's constructor.
+        fold_batch_norm: multiply every BatchNorm into its convolution after loading, as deployed networks come: what
+            was stored about activations is then gone, and only methods that need no BatchNorm are left.
         seed: of random weights.
 
     Raises:
@@ -114,6 +118,8 @@ def load_teacher(
         origin = f"the published weights of {architecture}"
         load_weights(network, published_weights(source, architecture, weights, obtain), origin)
     network.eval().requires_grad_(False)
+    if fold_batch_norm:
+        network = fuse(network).requires_grad_(False)
     _probe(network, size, num_classes)
     return Teacher(
         network=network,

@@ -13,11 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-HEAVY = {"vgg16", "resnet50", "resnet50_v1", "inception_v3", "densenet121", "googlenet", "efficientnet_lite0"}
+HEAVY = {"alexnet", "vgg16", "resnet50", "resnet50_v1", "inception_v3", "densenet121", "googlenet", "efficientnet_lite0"}
 
 
 def compose(name: str) -> DictConfig:
-    config = OmegaConf.create({"paths": {"data": "somewhere"}, "model": OmegaConf.load(FOLDER / f"{name}.yaml")})
+    model = OmegaConf.load(FOLDER / f"{name}.yaml")
+    assert isinstance(model, DictConfig)
+    for base in model.pop("defaults", []):
+        model = OmegaConf.merge(OmegaConf.load(FOLDER / f"{base}.yaml"), model)
+    config = OmegaConf.create({"paths": {"data": "somewhere"}, "model": model})
     OmegaConf.set_struct(config, True)
     return config.model
 
@@ -25,7 +29,8 @@ def compose(name: str) -> DictConfig:
 def test_the_promised_models_are_there():
     promised = """fashion_resnet20 cifar10_resnet20 cifar10_resnet32 cifar10_resnet56 cifar100_resnet20 resnet18
         resnet50 mobilenet_v2 inception_v3 shufflenet_v2 squeezenet1_1 squeezenet1_0 vgg16 efficientnet_lite0
-        regnet_x_400mf mnasnet densenet121 googlenet resnet50_v1 tiny"""
+        regnet_x_400mf mnasnet densenet121 googlenet resnet50_v1 tiny alexnet
+        cifar10_resnet20_folded mobilenet_v2_folded"""
     assert set(promised.split()) <= set(NAMES)
 
 

@@ -46,6 +46,15 @@ def test_a_teacher_is_frozen_float_and_in_eval_mode():
     assert (teacher.mean, teacher.std, teacher.input_size) == ((0.2860,), (0.3530,), (1, 28, 28))
 
 
+def test_folding_keeps_the_function_and_leaves_no_norm():
+    teacher, folded = tiny(), tiny(fold_batch_norm=True)
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(folded.network(images), teacher.network(images), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.network.modules())
+    assert not any(parameter.requires_grad for parameter in folded.network.parameters())
+    assert folded.weights_hash != teacher.weights_hash
+
+
 def test_tiny_is_the_same_every_time_and_leaves_the_global_seed_alone():
     state = torch.random.get_rng_state()
     first = tiny()
