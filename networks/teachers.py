@@ -1,7 +1,8 @@
 """Teachers: pretrained float networks with all that is needed to feed and to check them.
 
 A teacher comes from torchvision, timm, a CIFAR ResNet checkpoint, the weights inside this package, or, for tests,
-from a seed. Whatever the source, it is frozen, in eval mode, in float32, with its BatchNorm layers intact unless asked otherwise.
+from a seed. Whatever the source, it is frozen, in eval mode, in float32, with its BatchNorm layers intact unless
+asked otherwise.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-HEAVY = {"alexnet", "vgg16", "resnet50", "resnet50_v1", "inception_v3", "densenet121", "googlenet", "efficientnet_lite0"}
+HEAVY = {
+    "alexnet",
+    "vgg16",
+    "resnet50",
+    "resnet50_v1",
+    "inception_v3",
+    "densenet121",
+    "googlenet",
+    "efficientnet_lite0",
+}
 
 
 def compose(name: str) -> DictConfig:
