@@ -134,14 +134,17 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
             "seed": cfg.seed,
         }
 
-        def fit() -> Tensor:
-            module = instantiate(cfg.generator)(
+        def build(count: int, first_batch: int = 0) -> GeneratorModule:
+            return instantiate(cfg.generator)(
                 network=teacher.network,
                 input_size=teacher.input_size,
                 count=count,
+                first_batch=first_batch,
                 seed=cfg.seed,
                 student=lambda: rounded_student(job, teacher),
             )
+
+        def fit(module: GeneratorModule) -> Tensor:
             if module.has_work:
                 recall_targets(job, teacher, module)
                 job.fit(module, job.alone(max_epochs=module.batches))
@@ -149,7 +152,19 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
                 module.render()
             return module.images
 
-        return store.get_or_make(recipe, fit)
+        if not cfg.share_synthesis:
+            return store.get_or_make(recipe, lambda: fit(build(count)))
+        whole = build(count)
+        if not (whole.has_work and whole.independent):
+            return store.get_or_make(recipe, lambda: fit(whole))
+        size = whole.source.batch_size
+
+        def fit_part(part: int) -> Tensor:
+            module = build(min(size, count - part * size), first_batch=part)
+            module.stage = f"synthesis_{part}"  # a checkpoint of its own, so that a killed job goes on in its part
+            return fit(module)
+
+        return store.get_or_gather(recipe, whole.batches, fit_part)
 
     return make
 

@@ -49,20 +49,28 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("**/record.json")):
         facts = json.loads(path.read_text())
         if facts["status"] == "finished":
-            rows.append(facts["row"])
+            rows.append(facts["row"] | {"changes": changes(facts["overrides"])})
         else:
             print(f"left out: {path.parent.name}: {facts.get('error', facts['status'])}", file=sys.stderr)
     return rows
 
 
+def changes(overrides: list[str]) -> str:
+    """The single settings that a run changed in the options it chose, but for those that say where files are."""
+    places = ("paths.", "logger.", "show.", "data.root", "hydra.")
+    return " ".join(sorted(o for o in overrides if "." in o.split("=")[0] and not o.startswith(places)))
+
+
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`new` after those of `old` that are not measured again."""
+    """`new` after those of `old` that are not measured again; columns that a row lacks stay empty."""
 
     def identity(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(key)) for key in IDENTITY)
 
     again = {identity(row) for row in new}
-    return [row for row in old if identity(row) not in again] + new
+    kept = [row for row in old if identity(row) not in again]
+    columns = list(dict.fromkeys(key for row in (*kept, *new) for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in (*kept, *new)]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 PACKAGES = ("calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy")
 
 # What says where and how a run is watched, not what it computes.
-UNHASHED = ("paths", "logger", "callbacks", "resume", "evaluate", "show", "tags")
+UNHASHED = ("share_synthesis", "paths", "logger", "callbacks", "resume", "evaluate", "show", "tags")
 
 
 class RunRecord:

@@ -59,6 +59,7 @@ class GeneratorModule(pl.LightningModule):
         student: the quantized copy that terms with `uses_student` look at.
         surgery: temporary change of the network.
         finalize: what finished images pass through.
+        first_batch: number of the first batch, for a share of a larger set: batches are drawn as they are in the whole.
         early_stop: end a batch when the loss has not fallen by a hundredth for that many steps; None: never.
         seed: of every draw.
 
@@ -88,6 +89,7 @@ class GeneratorModule(pl.LightningModule):
         surgery: Surgery | None = None,
         finalize: View | None = None,
         early_stop: int | None = None,
+        first_batch: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -104,6 +106,7 @@ class GeneratorModule(pl.LightningModule):
         self.surgery = surgery
         self.finalize = Identity() if finalize is None else finalize
         self.settling = Settling(early_stop)
+        self.first_batch = first_batch
         self.seed = seed
         self._optimizer_factory = optimizer
         self._schedule_factory = schedule
@@ -139,10 +142,15 @@ class GeneratorModule(pl.LightningModule):
         """Whether anything is optimised; without it, call `render` instead of a Trainer."""
         return self.steps > 0
 
+    @property
+    def independent(self) -> bool:
+        """Whether every batch of images is made without the others, so that several jobs may share the work."""
+        return not self.source.lasting and self.alignment.probe.reduction != "all" and not self.guides.uses_earlier
+
     def render(self) -> None:
         """Make the images of a source as it starts: noise."""
         for epoch in range(self.batches):
-            self.source.reset(seeded(self.seed, "source", epoch))
+            self.source.reset(seeded(self.seed, "source", self.first_batch + epoch))
             self._finish(epoch)
 
     @property
@@ -202,7 +210,7 @@ class GeneratorModule(pl.LightningModule):
             self.alignment.forget()
             self.guides.forget()
         self.settling.forget()
-        self.source.reset(seeded(self.seed, "source", epoch))
+        self.source.reset(seeded(self.seed, "source", self.first_batch + epoch))
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
             for group, fresh in zip(optimizer.param_groups, self._fresh_groups, strict=True):
@@ -213,7 +221,7 @@ class GeneratorModule(pl.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Return the loss of the present images; `batch` only counts."""
-        epoch = self.current_epoch
+        epoch = self.first_batch + self.current_epoch
         labels = self._labels(epoch, batch_idx if self.labels.every_step else 0)
         images = self.source(seeded(self.seed, "latent", epoch, batch_idx), labels)
         terms = self._network_terms(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
@@ -263,11 +271,12 @@ class GeneratorModule(pl.LightningModule):
         stop = len(self.images) if self.source.lasting else min(start + self.source.batch_size, len(self.images))
         for first in range(start, stop, self.source.batch_size):
             # of a source that lasts, each further batch is made from latents and labels of its own
-            labels = self._labels(first // self.source.batch_size, self.steps if self.source.lasting else 0)
-            images = self.source(seeded(self.seed, "images", first), labels)
+            place = self.first_batch * self.source.batch_size + first
+            labels = self._labels(place // self.source.batch_size, self.steps if self.source.lasting else 0)
+            images = self.source(seeded(self.seed, "images", place), labels)
             if not images.isfinite().all():
                 self._diverged("the images", self.steps - 1)
-            images = self.finalize(images, seeded(self.seed, "finalize", first))
+            images = self.finalize(images, seeded(self.seed, "finalize", place))
             room = self.images[first : min(first + len(images), stop)]
             room.copy_(images[: len(room)])
             self.alignment.remember(images)

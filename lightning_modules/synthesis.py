@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,9 @@ def build_generator(
     surgery: Surgery | None = None,
     finalize: View | None = None,
     early_stop: int | None = None,
+    first_batch: int = 0,
     fold_batch_norm: bool = False,
+    channels_last: bool = False,
     student: Callable[[], nn.Module] | None = None,
 ) -> GeneratorModule:
     """Compose a generator of `count` images for `network`.
@@ -56,11 +59,14 @@ def build_generator(
     `batch_size` None stands for L, the number of layers whose statistics are matched. `source` is called with (batch
     size, input size), `slack` with (targets, batch_size=, seed=), `decorrelation` with the weight 1 / L, `student`
     without arguments and only if a term compares with it. `fold_batch_norm` hides the stored statistics from the
-    synthesis: it sees convolutions with BatchNorm folded into them. None leaves a part out, also among `priors` and
-    `guidance`; no targets and layer weights stand for BatchNorm's own and uniform ones.
+    synthesis: it sees convolutions with BatchNorm folded into them. `channels_last` lays its weights out as NHWC, which
+    some devices prefer: the same numbers but for rounding. None leaves a part out, also among `priors` and `guidance`;
+    no targets and layer weights stand for BatchNorm's own and uniform ones.
     """
     if fold_batch_norm:
         network = fold(network, torch.zeros(1, *input_size, device=device_of(network))).graph_module
+    if channels_last:
+        network = copy.deepcopy(network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     goal = BNTargets() if targets is None else targets
     layers = len(execution_order(network.eval(), input_size, goal.site))
     samples = layers if batch_size is None else batch_size
@@ -88,6 +94,7 @@ def build_generator(
         surgery=surgery,
         finalize=finalize,
         early_stop=early_stop,
+        first_batch=first_batch,
         seed=seed,
     )
 

@@ -40,6 +40,7 @@ class Guidance(nn.Module, ABC):
 
     uses_features = False
     uses_student = False
+    uses_earlier = False  # whether it compares with the images of earlier batches
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -124,6 +125,7 @@ class CosineMargin(Guidance):
     """
 
     uses_features = True
+    uses_earlier = True
     sums: Tensor
     counts: Tensor
 
@@ -200,6 +202,7 @@ class Guides(nn.Module):
         self.terms = dict(terms)
         self.kept = nn.ModuleList(self.terms.values())  # whose buffers belong to a checkpoint
         self.uses_features = any(term.uses_features for term in self.terms.values())
+        self.uses_earlier = any(term.uses_earlier for term in self.terms.values())
         self._student = (student,)
         if student is None and any(term.uses_student for term in self.terms.values()):
             raise ValueError("student: expected a quantized copy for a term that compares with it, got none")

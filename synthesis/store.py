@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,17 +100,66 @@ class SampleStore:
                 self.put(recipe, images)
         return images
 
+    def get_or_gather(self, recipe: Mapping[str, Any], parts: int, make: Callable[[int], Tensor]) -> Tensor:
+        """Return the stored images, or make them part by part; concurrent jobs each take parts that nobody has yet.
+
+        Args:
+            recipe: of the whole, under which the parts end as one entry.
+            parts: how many, in order.
+            make: makes one part, given its number.
+
+        Raises:
+            TimeoutError: if other jobs hold the locks of all missing parts longer than `patience`.
+        """
+        recipes = [{**recipe, "part": part} for part in range(parts)]
+        idle_since = time.monotonic()
+        while (images := self.get(recipe)) is None:
+            missing = [part for part in range(parts) if not self.path(recipes[part]).exists()]
+            if any(self._take(recipes[part], functools.partial(make, part)) for part in missing):
+                idle_since = time.monotonic()
+                continue
+            found = [self.get(each) for each in recipes]
+            images = [part for part in found if part is not None]
+            if len(images) == parts:
+                self.put(recipe, torch.cat(images))
+                for each in recipes:
+                    self.path(each).unlink(missing_ok=True)
+            elif not missing:
+                for each, part in zip(recipes, found, strict=True):
+                    if part is None:  # damaged
+                        self.path(each).unlink(missing_ok=True)
+            elif time.monotonic() - idle_since > self.patience:
+                raise self._held_too_long(self.path(recipes[missing[0]]).with_suffix(".lock"))
+            else:
+                time.sleep(0.2)
+        return images
+
+    def _take(self, recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> bool:
+        """Make what is missing unless another job is at it; whether it was made here."""
+        try:
+            with self._locked(recipe, patience=0):
+                if self.path(recipe).exists():
+                    return False
+                self.put(recipe, make())
+                return True
+        except TimeoutError:
+            return False
+
+    def _held_too_long(self, lock: Path) -> TimeoutError:
+        return TimeoutError(
+            f"{lock}: expected the job that holds this lock to finish within {self.patience:g} s, it did not; "
+            "if no job is making these images (one was killed), delete the lock file"
+        )
+
     @contextmanager
-    def _locked(self, recipe: Mapping[str, Any]) -> Iterator[None]:
+    def _locked(self, recipe: Mapping[str, Any], patience: float | None = None) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.path(recipe).with_suffix(".lock")
+        timeout = self.patience if patience is None else patience
         try:
-            holder = SoftFileLock(lock, timeout=self.patience).acquire(poll_interval=0.2)
+            holder = SoftFileLock(lock, timeout=timeout).acquire(poll_interval=0.2)
         except Timeout as error:
-            raise TimeoutError(
-                f"{lock}: expected the job that holds this lock to finish within {self.patience:g} s, it did not; "
-                "if no job is making these images (one was killed), delete the lock file"
-            ) from error
+            raise self._held_too_long(lock) from error
         with holder:
             yield
 

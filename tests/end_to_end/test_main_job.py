@@ -156,6 +156,28 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, ste
     assert not list((killed / "checkpoints").iterdir())
 
 
+def test_shared_synthesis_makes_the_same_images_and_goes_on_when_killed(tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        "generator=zeroq",
+        "generator.batch_size=4",
+        "reconstruction=none",
+        "callbacks.checkpoint.every_seconds=0",
+        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: synthesis_1, step: 1}}",
+    ]
+    run_job(composed(overrides, tmp_path / "alone"))
+    cfg = composed([*overrides, "share_synthesis=true"], tmp_path / "shared")
+    Kill.armed = True
+    with pytest.raises(InterruptedError):
+        run_job(cfg)
+    assert (tmp_path / "shared" / "checkpoints" / "synthesis_1.ckpt").exists()
+    cfg.resume = str(tmp_path / "shared")
+    run_job(cfg)
+    records = [json.loads((tmp_path / name / "record.json").read_text()) for name in ("alone", "shared")]
+    assert records[0]["images"]["digest"] == records[1]["images"]["digest"]
+    assert records[0]["config_hash"] == records[1]["config_hash"]
+
+
 def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = composed(SMALL, tmp_path)
     first = run_job(cfg)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,46 @@ def test_unfinished_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images: expected finite pixels"):
         SampleStore(tmp_path).put(RECIPE, torch.full((1, 3, 2, 2), float("nan")))
     assert not list(tmp_path.iterdir())
+
+
+def test_jobs_share_the_parts_and_end_with_one_entry(tmp_path: Path) -> None:
+    made: list[tuple[str, int]] = []
+
+    def job(name: str) -> Tensor:
+        def make(part: int) -> Tensor:
+            made.append((name, part))
+            time.sleep(0.3)
+            return torch.full((2, 1), float(part))
+
+        return SampleStore(tmp_path).get_or_gather(RECIPE, 4, make)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(job, "ab"))
+    expected = torch.tensor([[0.0], [0], [1], [1], [2], [2], [3], [3]])
+    assert all(torch.equal(images, expected) for images in found)
+    assert sorted(part for _, part in made) == [0, 1, 2, 3]
+    assert {name for name, _ in made} == {"a", "b"}
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [SampleStore(tmp_path).path(RECIPE).name]
+
+
+def test_parts_of_a_killed_job_are_kept_and_damaged_ones_made_again(tmp_path: Path) -> None:
+    store, made = SampleStore(tmp_path), []
+
+    def make(part: int) -> Tensor:
+        made.append(part)
+        if part == 2 and len(made) == 3:
+            raise KeyboardInterrupt
+        return torch.full((1, 2), float(part))
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_gather(RECIPE, 3, make)
+    store.path({**RECIPE, "part": 0}).write_bytes(b"damaged")
+    assert torch.equal(store.get_or_gather(RECIPE, 3, make), torch.tensor([[0.0, 0], [1, 1], [2, 2]]))
+    assert made == [0, 1, 2, 2, 0]
+
+
+def test_waiting_too_long_for_a_part_names_its_lock(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, patience=0.1)
+    part = {**RECIPE, "part": 0}
+    with store._locked(part), pytest.raises(TimeoutError, match="delete the lock file"):
+        store.get_or_gather(RECIPE, 1, lambda _: IMAGES)
