@@ -1,7 +1,7 @@
-"""Write the README's result tables from the csv files in `benchmarks/results`.
+"""Write the result tables of README.md and docs/results.md from the csv files in `benchmarks/results`.
 
-python benchmarks/readme_tables.py            writes README.md
-python benchmarks/readme_tables.py --check    fails if README.md is not what the files say
+python benchmarks/readme_tables.py            writes both
+python benchmarks/readme_tables.py --check    fails if one is not what the files say
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end-results -->"
-TITLES = {
-    "fashion": "The embedded example: ResNet-20 on Fashion-MNIST (10,000 test images)",
-    "cifar10": "CIFAR-10, ResNet-20 (10,000 test images)",
-    "imagenet1k_sample": "ImageNet networks on 1,000 labelled images (standard error about 1.1 points)",
+TABLES = {  # by document and results file
+    "README.md": {
+        "fashion": "The embedded example: ResNet-20 on Fashion-MNIST (10,000 test images)",
+        "cifar10": "CIFAR-10, ResNet-20 (10,000 test images)",
+        "imagenet1k_sample": "ImageNet networks on 1,000 labelled images (standard error about 1.1 points)",
+    },
+    "docs/results.md": {
+        "synthesis_cifar10": "Every way of making images, CIFAR-10, ResNet-20 (10,000 test images)",
+        "bn_free": "Networks without BatchNorm, range calibration alone (10,000 test images)",
+        "calibrant_ablation": "What composes: `generator=calibrant` with one part changed, and pixels (CIFAR-10, W3A3)",
+    },
 }
-SETTING = ("network", "protocol", "w_bits", "a_bits", "images", "image_count", "pipeline")
+SETTING = ("network", "protocol", "w_bits", "a_bits", "images", "image_count", "pipeline", "changes")
 
 
 def spread(values: list[float]) -> str:
@@ -33,24 +39,25 @@ def spread(values: list[float]) -> str:
 
 def order(item: tuple[tuple[str, ...], list[dict[str, str]]]) -> tuple[Any, ...]:
     """Networks and protocols together, widest bits first."""
-    network, protocol, w, a, images, count, pipeline = item[0]
-    return network, protocol, -int(w), -int(a), pipeline, images, int(count)
+    network, protocol, w, a, images, count, pipeline, changes = item[0]
+    return network, protocol, -int(w), -int(a), pipeline, images, int(count), changes
 
 
-def table(name: str) -> list[str]:
+def table(name: str, title: str) -> list[str]:
     """Lines of one results file: a row a setting, over its seeds."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in SETTING), []).append(row)
-    lines = [f"**{TITLES[name]}**", ""]
+        groups.setdefault(tuple(row.get(key) or "" for key in SETTING), []).append(row)
+    lines = [f"**{title}**", ""]
     lines.append("| network | protocol | bits | images | reconstruction | seeds | float | nearest | top-1 |")
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    for (network, protocol, w, a, images, count, pipeline), group in sorted(groups.items(), key=order):
+    for (network, protocol, w, a, images, count, pipeline, changed), group in sorted(groups.items(), key=order):
         scores = [spread([float(row[key]) for row in group]) for key in ("float_top1", "nearest_top1", "top1")]
         scores[0] = scores[0].split(" ")[0]
-        cells = [network, protocol, f"W{w}A{a}", f"{count} {images}", pipeline, str(len(group)), *scores]
+        images = f"{count} {images}" + (f", `{changed}`" if changed else "")
+        cells = [network, protocol, f"W{w}A{a}", images, pipeline, str(len(group)), *scores]
         lines.append(f"| {' | '.join(cells)} |")
     made = sorted({(row["date"], row["machine"]) for row in rows})
     lines += ["", f"`benchmarks/results/{name}.csv`, made on " + "; ".join(f"{d} ({m})" for d, m in made) + ".", ""]
@@ -62,15 +69,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    lines = [line for name in TITLES if (RESULTS / f"{name}.csv").exists() for line in table(name)]
-    text = README.read_text()
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    wanted = before + BEGIN + "\n".join(lines) + END + after
-    if options.check and wanted != text:
-        sys.exit("README.md: its tables are not those of benchmarks/results; run python benchmarks/readme_tables.py")
-    if not options.check:
-        README.write_text(wanted)
+    for document, titles in TABLES.items():
+        path = ROOT / document
+        lines = [
+            line for name, title in titles.items() if (RESULTS / f"{name}.csv").exists() for line in table(name, title)
+        ]
+        text = path.read_text()
+        before, rest = text.split(BEGIN, 1)
+        _, after = rest.split(END, 1)
+        wanted = before + BEGIN + "\n".join(lines) + END + after
+        if options.check and wanted != text:
+            sys.exit(
+                f"{document}: its tables are not those of benchmarks/results; run python benchmarks/readme_tables.py"
+            )
+        if not options.check:
+            path.write_text(wanted)
 
 
 if __name__ == "__main__":

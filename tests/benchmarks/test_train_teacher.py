@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
+import pytest
 import torch
 
-from benchmarks.train_teacher import CROP_PADDING, MEAN, STD, augment, erase
+from benchmarks.train_teacher import CROP_PADDING, MEAN, NETWORKS, STD, augment, erase, parameter_groups
 
 
 def images(count: int = 400) -> torch.Tensor:
@@ -34,3 +37,17 @@ def test_one_rectangle_of_half_of_the_images_is_erased() -> None:
         assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # a rectangle
         assert mask.sum() == len(rows) * len(columns)
         assert 0 < mask.float().mean() <= 0.25 + 2 / 28
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_is_trained_once_and_multipliers_slowly(network: str) -> None:
+    model = NETWORKS[network](8, num_classes=10, in_channels=1)
+    groups = parameter_groups(model, argparse.Namespace(lr=0.2, weight_decay=5e-4))
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.ndim > 1}
+    scales = [p for name, p in model.named_parameters() if name.endswith("scale")]
+    rates = [group["lr"] for group in groups for p in group["params"] if any(p is scale for scale in scales)]
+    assert rates == pytest.approx([0.02] * len(scales))
+    assert bool(scales) == (network == "fixup_resnet20")
