@@ -1,9 +1,14 @@
-"""Train the embedded default teacher: a ResNet-20 with BatchNorm on Fashion-MNIST.
+"""Train the embedded teachers: ResNet-20 on Fashion-MNIST, with BatchNorm (the default) and without (Fixup).
 
     python benchmarks/train_teacher.py --data <folder with the four IDX files, gzipped or not>
 
 The embedded weights: this command, 94.93 % top-1 on the 10,000 test images; seed 0, 60 epochs, 1 thread of an AMD EPYC,
 torch 2.15, 95 minutes, 2026-11-24.
+
+    python benchmarks/train_teacher.py --network fixup_resnet20 --epochs 16 --lr 0.05 --clip 1 \\
+        --output fixup_resnet20.safetensors --data <folder>
+
+The embedded network without BatchNorm: 91.19 %; seed 0, 1 thread of an AMD EPYC, torch 2.15, 28 minutes, 2026-11-24.
 
 SGD with Nesterov momentum under one cycle of the learning rate; forward and backward in bfloat16 under autocast; random
 flips and crops, and random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896) but for the last tenth of the epochs, so

@@ -22,6 +22,7 @@ from synthesis.statistics import device_of, execution_order
 from synthesis.surgery import Surgery
 from synthesis.targets import BNTargets, TargetSource
 from synthesis.views import View
+from synthesis.weight_statistics import WeightGaussian
 
 
 def build_generator(
@@ -122,5 +123,8 @@ def build_dsg(
 def build_noise(
     network: nn.Module, input_size: tuple[int, int, int], *, steps: int = 0, **parts: Any
 ) -> GeneratorModule:
-    """`build_generator` with no step at all, whatever `steps` a sweep over generators sets for the others."""
-    return build_generator(network, input_size, steps=0, **parts)
+    """`build_generator` with no step at all, whatever `steps` a sweep over generators sets for the others.
+
+    Its targets are never looked at; those of the convolutions let it work on networks without BatchNorm too.
+    """
+    return build_generator(network, input_size, steps=0, **({"targets": WeightGaussian()} | parts))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lightning_modules.generator import GeneratorModule
 from networks.cifar_resnet import CifarResNet
+from networks.fixup_resnet import FixupResNet
 
 SIZE = (3, 8, 8)
 CONF = Path(__file__).parents[2] / "conf" / "generator"
@@ -65,6 +66,13 @@ def test_batches_that_depend_on_each_other_are_not_shared(network: CifarResNet, 
     assert not module.independent
 
 
+def test_noise_needs_no_batch_norm() -> None:
+    build = instantiate(OmegaConf.load(CONF / "noise.yaml"))
+    module = build(network=FixupResNet(8).eval(), input_size=SIZE, seed=0, count=4)
+    module.render()
+    assert bool(module.images.isfinite().all())
+
+
 def test_channels_last_gives_the_same_images_within_rounding(network: CifarResNet) -> None:
     plain, other = made(network, "zeroq"), made(network, "zeroq", channels_last=True)
     assert other.alignment.network.get_submodule("layer1.0.conv1").weight.is_contiguous(
@@ -82,3 +90,15 @@ def test_bfloat16_ends_at_a_loss_within_five_per_cent(network: CifarResNet) -> N
     losses = [sum(float(t) for t in plain.alignment(m.images[:4]).values()) for m in (plain, other)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
+
+
+def test_what_is_optimised_does_not_grow_with_the_number_of_images(network: CifarResNet) -> None:
+    """Beside the finished images themselves, which are kept, memory is that of one batch."""
+
+    def held(count: int) -> int:
+        module = made(network, "zeroq", count=count, steps=1)
+        state = [t for group in module.optimizers().state.values() for t in group.values() if torch.is_tensor(t)]  # type: ignore[union-attr]
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers(), *state)}
+        return sum(t.numel() for t in tensors.values() if t is not module.images)
+
+    assert held(4) == held(20)

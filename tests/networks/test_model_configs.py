@@ -39,7 +39,7 @@ def test_the_promised_models_are_there():
     promised = """fashion_resnet20 cifar10_resnet20 cifar10_resnet32 cifar10_resnet56 cifar100_resnet20 resnet18
         resnet50 mobilenet_v2 inception_v3 shufflenet_v2 squeezenet1_1 squeezenet1_0 vgg16 efficientnet_lite0
         regnet_x_400mf mnasnet densenet121 googlenet resnet50_v1 tiny alexnet
-        cifar10_resnet20_folded mobilenet_v2_folded"""
+        cifar10_resnet20_folded mobilenet_v2_folded fixup_resnet20"""
     assert set(promised.split()) <= set(NAMES)
 
 
