@@ -23,15 +23,18 @@ def image_errors(cache: ActivationCache, loss: UnitLoss) -> Tensor:
     parts = []
     for part in cache.slices():
         outputs = cache.student_module(*cache.pick(cache.student_inputs, part))
-        parts.append(loss.errors(outputs, cache.pick(cache.targets, part)).cpu())
+        parts.append(loss.objective.errors(cache, outputs, part).cpu())
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def image_powers(cache: ActivationCache, loss: UnitLoss) -> Tensor:
     """The error that an output of zeros would have, for every image; (N,) on the CPU."""
-    targets = (cache.pick(cache.targets, part) for part in cache.slices())
-    return torch.cat([loss.errors(map(torch.zeros_like, batch), batch).cpu() for batch in targets])
+    parts = []
+    for part in cache.slices():
+        zeros = [torch.zeros_like(target) for target in cache.pick(cache.targets, part)]
+        parts.append(loss.objective.errors(cache, zeros, part).cpu())
+    return torch.cat(parts)
 
 
 class Measurement:

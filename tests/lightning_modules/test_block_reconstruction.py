@@ -311,7 +311,9 @@ def test_sites_and_switches_are_restored_after_an_exception() -> None:
         ("granularity", "row", "granularity"),
         ("normalization", "mean", "normalization"),
         ("regularizer_weight", -1.0, "regularizer_weight"),
-        ("error_power", 0.0, "p: "),
+        ("schedule", "random", "schedule"),
+        ("share", (0, 2), "schedule=parallel"),
+        ("share", (2, 2), "0 <= i < n"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(argument: str, value: Any, match: str) -> None:
