@@ -19,6 +19,7 @@ from reconstruction.objectives import Objective, per_image, total
 from reconstruction.tail import divergence
 
 log = logging.getLogger(__name__)
+SMALLEST = torch.finfo(torch.float32).tiny  # gradients below it have no digits left to compare
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class DiagonalFisher(Objective):
                 squares[part] += gradient.double().square().flatten(1).sum(1).cpu()
         numbers = sum(weight[0].numel() for weight in weights)
         scale = float((squares[kept].mean() / numbers).sqrt())
-        if not 0.0 < scale < float("inf"):
+        usable = SMALLEST < scale < float("inf")
+        if not usable:
             name = cache.units[cache.position or 0].name
             log.warning("%s: the logits do not depend on this unit's error; it is learned by the squared error", name)
         for weight in weights:
-            if 0.0 < scale < float("inf"):
+            if usable:
                 weight.div_(scale).square_()
             else:
                 weight.fill_(1.0)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from reconstruction.objectives import PowerError, UnitLoss, total
+from tests.reconstruction.students import skip_at
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4, 2), (3, 6, 5)])
@@ -44,3 +45,13 @@ def test_normalizers(kind: str, entry: float, power: float, expected: float) -> 
 
 def test_a_dead_unit_has_a_normalizer() -> None:
     assert UnitLoss().normalizer(entry_error=0.0, power=0.0) == 1.0
+
+
+def test_the_error_of_a_layer_is_taken_behind_its_activation_function() -> None:
+    conversion, cache = skip_at(1)  # a layer that a ReLU follows
+    (y,) = cache.student_module(*cache.student_inputs)
+    before = conversion.student.second(cache.student_input)
+    target = conversion.reference.second(cache.teacher_input).relu()
+    expected = (before.relu() - target).square().sum(1)
+    torch.testing.assert_close(PowerError().errors(cache, [y], slice(0, 10)), expected)
+    assert bool((before < 0).any())
