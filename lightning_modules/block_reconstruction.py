@@ -233,18 +233,16 @@ class BlockReconstructionModule(pl.LightningModule):
         self.switches.learn(epoch.phase, epoch.unit, self.generator)
 
     def _measure_entry(self, index: int) -> None:
-        """Errors before the first step, and what the objective needs; both as the unit was then, also when resuming."""
-        learnables, objective = self.learnables[self._epoch.unit], self.loss.objective
+        """Errors before the first step, and what the objective keeps: of the unit as it was then, also on resuming."""
+        learnables, weighted = self.learnables[self._epoch.unit], self.loss.objective.weighted
         first = len(self.entries) == index
         if first:
-            self.entry_state = learnables.state() if objective.weighted else []
-        elif not objective.weighted:
+            self.entry_state = learnables.state() if weighted else []
+        elif not weighted:
             return
-        with learnables.hardened(self.entry_state or None):
-            objective.enter(self.cache, self.measurement.kept)
-            nearest = self.measurement.errors(self.cache, "nearest") if first else {}
+        entry = self.measurement.entry(self.cache, learnables, self.entry_state or None)
         if first:
-            self.entries.append(nearest | self.measurement.power(self.cache))
+            self.entries.append(entry)
 
     def _finish(self, index: int) -> None:
         epoch, entry = self.epochs[index], self.entries[index]

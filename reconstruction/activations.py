@@ -9,7 +9,7 @@ al. (AdaQuant, arXiv 2006.10518) every unit reads the float network's values ins
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -233,17 +233,28 @@ class ActivationCache:
     @torch.no_grad()
     def _run(self, side: str) -> None:
         piece, values = self._piece(side), self._values[side]
+        inputs = [values[name] for name in piece.inputs]
+        results = self._collect(piece.outputs, lambda part: piece.module(*self.pick(inputs, part)))
+        values.update(zip(piece.outputs, results, strict=True))
+        kept = {id(t): t.nbytes for side_values in self._values.values() for t in side_values.values()}
+        self.peak_bytes = max(self.peak_bytes, sum(kept.values()))
+
+    @torch.no_grad()
+    def _compute_logits(self) -> Tensor:
+        network = self.cutters["teacher"].graph_module
+        (logits,) = self._collect(["logits"], lambda part: (network(*self.pick([self.images], part)),))
+        return logits
+
+    def _collect(self, names: Sequence[str], run: Callable[[slice], Sequence[Tensor]]) -> list[Tensor]:
+        """What `run` returns for all images, in batches."""
         results: list[Tensor] = []
         for part in self.slices():
-            outputs = piece.module(*self.pick((values[name] for name in piece.inputs), part))
-            for i, (name, output) in enumerate(zip(piece.outputs, outputs, strict=True)):
+            for i, (name, output) in enumerate(zip(names, run(part), strict=True)):
                 if len(results) == i:
                     self._check(name, output, part)
                     results.append(self.storage.like(output, len(self.images)))
                 results[i][part] = output
-        values.update(zip(piece.outputs, results, strict=True))
-        kept = {id(t): t.nbytes for side_values in self._values.values() for t in side_values.values()}
-        self.peak_bytes = max(self.peak_bytes, sum(kept.values()))
+        return results
 
     def _check(self, name: str, output: Tensor, part: slice) -> None:
         if output.dim() == 0 or len(output) != part.stop - part.start:
@@ -252,18 +263,6 @@ class ActivationCache:
                 f"{tuple(output.shape)} for {part.stop - part.start} images; expected one row per image. "
                 "Choose a coarser granularity (block, stage or network)."
             )
-
-    @torch.no_grad()
-    def _compute_logits(self) -> Tensor:
-        logits: Tensor | None = None
-        network = self.cutters["teacher"].graph_module
-        for part in self.slices():
-            output = network(*self.pick([self.images], part))
-            self._check("logits", output, part)
-            logits = self.storage.like(output, len(self.images)) if logits is None else logits
-            logits[part] = output
-        assert logits is not None
-        return logits
 
     def _forget(self) -> None:
         self.position = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reconstruction.activations import ActivationCache
+from reconstruction.learnables import Learnables
 from reconstruction.objectives import UnitLoss
 from reconstruction.schedules import held_out
 
@@ -50,6 +51,15 @@ class Measurement:
     def __init__(self, loss: UnitLoss, count: int, holdout: float, *, seed: int) -> None:
         self.loss = loss
         self.kept, self.held = held_out(count, holdout, seed=seed)
+
+    def entry(self, cache: ActivationCache, learnables: Learnables, state: Sequence[Tensor] | None) -> dict[str, float]:
+        """`error_nearest` and `power` of the unit rounded to the nearest; the objective takes what it needs from it.
+
+        `state` of the unit is that before its first step; None: as it stands.
+        """
+        with learnables.hardened(state):
+            self.loss.objective.enter(cache, self.kept)
+            return self.errors(cache, "nearest") | self.power(cache)
 
     def errors(self, cache: ActivationCache, name: str) -> dict[str, float]:
         """`error_<name>` of the unit as it now stands, and `error_<name>_holdout` if images are held out."""
