@@ -185,6 +185,30 @@ def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: 
     assert not same(one.student, start)
 
 
+@pytest.mark.parametrize("objective", ["fisher", "pd"])
+def test_objectives_are_float32_under_autocast(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(6)
+    seen: set[torch.dtype] = set()
+    kind = type(OBJECTIVES[objective])
+    errors = kind.errors
+
+    def watched(self: Any, cache: Any, outputs: Any, index: Any) -> Tensor:
+        found = errors(self, cache, outputs, index)
+        seen.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(kind, "errors", watched)
+    module = learn(
+        student_of(resnet8(), x),
+        x,
+        iterations=2,
+        objective=OBJECTIVES[objective],
+        trainer={"precision": "bf16-mixed"},
+    )
+    assert seen == {torch.float32}
+    assert all(math.isfinite(row["error_hard"]) for row in module.results)
+
+
 class KillAndWatch(pl.Callback):
     """Save and raise after step `kill`; note parameters, Adam's moments and learning rates after step `watch`."""
 
