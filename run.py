@@ -6,6 +6,7 @@ python run.py --help             groups, options, examples
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
+from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
@@ -35,6 +37,15 @@ from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
+LEARNING = (
+    "reconstruction",
+    "protocol",
+    "weight",
+    "activation",
+    "bits",
+    "seed",
+    "trainer",
+)  # what a student depends on
 RECIPE_VERSION = 1  # raise it when the same settings make other images than before
 
 
@@ -200,15 +211,27 @@ def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: Calib
 
 def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> None:
     """Optimise the student unit by unit against the teacher, where there is something to learn."""
+    cfg = job.cfg
     with job.stage("reconstruct"):
-        module, datamodule = instantiate(job.cfg.reconstruction)(
-            conversion=conversion, images=images.images, seed=job.cfg.seed
+        build = functools.partial(
+            instantiate(cfg.reconstruction), conversion=conversion, images=images.images, seed=cfg.seed
         )
-        if module.has_work:
-            job.fit(module, job.trainer(**module.trainer_arguments()), datamodule)
-            leave_process_group()
+        if cfg.share_reconstruction > 1:
+            rows = learn_in_shares(
+                build,
+                lambda module, datamodule: job.fit(module, job.alone(**module.trainer_arguments()), datamodule),
+                shares=cfg.share_reconstruction,
+                store=SampleStore(cfg.paths.store),
+                recipe=recipe_of(conversion, images.images, {key: plain(cfg)[key] for key in LEARNING}),
+            )
+        else:
+            module, datamodule = build()
+            if module.has_work:
+                job.fit(module, job.trainer(**module.trainer_arguments()), datamodule)
+                leave_process_group()
+            rows = module.results
     path = job.folder / "units.csv" if job.is_main else None
-    report.show_rows("units", module.results, show=job.cfg.show.units, path=path)
+    report.show_rows("units", rows, show=cfg.show.units, path=path)
 
 
 def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:

@@ -73,6 +73,8 @@ class UnitActivations(pl.LightningDataModule):
                 residency=self.residency,
                 batch_size=self.batch_size,
                 device=module.device,
+                parallel=module.parallel,
+                weighted=module.loss.objective.weighted,
             )
             size = self.cache.bytes_expected / 2**20
             log.info("activations of %d images: %.0f MiB, kept on: %s", len(self.images), size, self.cache.residency)

@@ -26,6 +26,7 @@ from reconstruction.objectives import UnitLoss
 from reconstruction.optimizer import adam_for_all, plan
 from reconstruction.partition import Unit
 from reconstruction.schedules import Epoch, Phase, index_batches, seed_of
+from reconstruction.shares import epochs_of_share
 from reconstruction.switches import Switches
 
 LOG_EVERY = 50  # steps; a log line in every step would cost more than the step of a small unit
@@ -45,11 +46,13 @@ class BlockReconstructionModule(pl.LightningModule):
         units: the chain from `partition(reference, ...)`.
         iterations: (phase, steps per unit) in their order.
         batch_size: images per step, shared among the processes.
-        loss: error, its normalisation, and the weight of the rounding regularizer.
+        loss: objective, its normalisation, and the weight of the rounding regularizer.
         drop: probability of an element to stay float, in a unit's input and at its sites; 0 switches QDrop off.
         bias_lr: learning rate of biases; None leaves them.
         rates_stated_for: steps that the learning rates are meant for; see `adam_for_all`.
         seed: of index batches, dropping and held-out images.
+        parallel: whether every unit reads the float network's values (QDrop then mixes nothing into its input).
+        share: (i, n): learn only every n-th unit from the i-th on, of those with something to learn; needs `parallel`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -69,18 +72,21 @@ class BlockReconstructionModule(pl.LightningModule):
         bias_lr: float | None = None,
         rates_stated_for: int | None = None,
         seed: int = 0,
+        parallel: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 image, got {batch_size}")
         self.student, self.units = student, list(units)
         self.batch_size, self.loss, self.drop, self.seed = batch_size, loss or UnitLoss(), drop, seed
-        self.rates_stated_for = rates_stated_for
+        self.rates_stated_for, self.parallel, self.share = rates_stated_for, parallel, share
         self.learnables = learnables_of(student, self.units, bias_lr=bias_lr)
-        self.epochs = plan(iterations, self.learnables)
+        self.epochs = epochs_of_share(plan(iterations, self.learnables), self.learnables, share, parallel=parallel)
         self.switches = Switches(student, self.learnables, drop)
         self.results: list[dict[str, Any]] = []
         self.entries: list[dict[str, float]] = []  # of each epoch begun: its errors before the first step
+        self.entry_state: list[Tensor] = []  # the unit in work before the first step, where the objective looks at it
         self.current: int | None = None
         self.running = False
         self.student.eval()
@@ -152,10 +158,11 @@ class BlockReconstructionModule(pl.LightningModule):
         inputs = cache.pick(cache.student_inputs, index)
         if self.drop > 0:
             self.generator.manual_seed(seed_of(self.seed, epoch.phase, epoch.unit, batch_idx, self.global_rank))
+        if self.drop > 0 and not self.parallel:
             floats = cache.pick(cache.teacher_inputs, index)
             inputs = [qdrop(q, x, self.drop, self.generator) for q, x in zip(inputs, floats, strict=True)]
         outputs = cache.student_module(*inputs)
-        loss = self.loss.errors(outputs, cache.pick(cache.targets, index)).mean() / self.normalizer
+        loss = self.loss.objective.errors(cache, outputs, index).mean() / self.normalizer
         if epoch.phase != "activations":
             progress = batch_idx / epoch.iterations
             loss = loss + self.loss.regularizer_weight * self.learnables[epoch.unit].regularizer(progress)
@@ -172,7 +179,7 @@ class BlockReconstructionModule(pl.LightningModule):
         """Leave a student that computes as it will be deployed."""
         self.finish_before(self.trainer.current_epoch)
         self.release()
-        if len(self.results) == len(self.epochs):
+        if len(self.results) == len(self.epochs) and self.share == (0, 1):
             self.harden()
 
     def release(self) -> None:
@@ -189,12 +196,14 @@ class BlockReconstructionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the rows, and the errors at entry, which cannot be measured again."""
-        checkpoint["reconstruction"] = {"results": self.results, "entries": self.entries}
+        facts = {"results": self.results, "entries": self.entries, "entry_state": self.entry_state}
+        checkpoint["reconstruction"] = facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.results = list(checkpoint["reconstruction"]["results"])
         self.entries = list(checkpoint["reconstruction"]["entries"])
+        self.entry_state = list(checkpoint["reconstruction"]["entry_state"])
 
     @property
     def _share(self) -> dict[str, int]:
@@ -214,10 +223,7 @@ class BlockReconstructionModule(pl.LightningModule):
             self._freeze(self.epochs[earlier])
         self.switches.deploy(epoch.phase)
         self.cache.enter(epoch.unit, version=int(epoch.phase == "activations"))
-        if len(self.entries) == index:
-            with self.learnables[epoch.unit].hardened():
-                nearest = self.measurement.errors(self.cache, "nearest")
-            self.entries.append(nearest | self.measurement.power(self.cache))
+        self._measure_entry(index)
         entry = self.entries[index]
         self.normalizer = self.loss.normalizer(entry_error=entry["error_nearest"], power=entry["power"])
         kept, seed = self.measurement.kept, seed_of(self.seed, epoch.phase, epoch.unit)
@@ -225,6 +231,18 @@ class BlockReconstructionModule(pl.LightningModule):
         self.batches = kept[order].to(self.cache.index_device)
         self.generator = torch.Generator(self.device)
         self.switches.learn(epoch.phase, epoch.unit, self.generator)
+
+    def _measure_entry(self, index: int) -> None:
+        """Errors before the first step, and what the objective keeps: of the unit as it was then, also on resuming."""
+        learnables, weighted = self.learnables[self._epoch.unit], self.loss.objective.weighted
+        first = len(self.entries) == index
+        if first:
+            self.entry_state = learnables.state() if weighted else []
+        elif not weighted:
+            return
+        entry = self.measurement.entry(self.cache, learnables, self.entry_state or None)
+        if first:
+            self.entries.append(entry)
 
     def _finish(self, index: int) -> None:
         epoch, entry = self.epochs[index], self.entries[index]

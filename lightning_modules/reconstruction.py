@@ -10,11 +10,12 @@ from datamodules.activations import UnitActivations
 from lightning_modules.block_reconstruction import BlockReconstructionModule
 from quantizers.convert import Conversion
 from reconstruction.memory import Residency
-from reconstruction.objectives import Normalization, PowerError, UnitLoss
+from reconstruction.objectives import Normalization, Objective, PowerError, UnitLoss
 from reconstruction.partition import Granularity, partition
 from reconstruction.schedules import Phase
 
 Phases = Literal["joint", "weights_then_activations", "none"]
+Schedule = Literal["sequential", "parallel"]
 
 
 def build_reconstruction(
@@ -23,6 +24,8 @@ def build_reconstruction(
     images: Tensor,
     seed: int,
     granularity: Granularity = "block",
+    merges: float = 0.25,
+    schedule: Schedule = "sequential",
     phases: Phases = "joint",
     iterations: int = 20000,
     activation_iterations: int | None = None,
@@ -30,12 +33,13 @@ def build_reconstruction(
     drop: float = 0.5,
     regularizer_weight: float = 100.0,
     normalization: Normalization = "entry_error",
-    error_power: float = 2.0,
+    objective: Objective | None = None,
     bias_lr: float | None = None,
     rates_stated_for: int | None = None,
     holdout: float = 0.0,
     residency: Residency = "auto",
     forward_batch_size: int = 128,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[BlockReconstructionModule, UnitActivations]:
     """The module and its datamodule; the Trainer needs `module.trainer_arguments()`.
 
@@ -45,7 +49,10 @@ def build_reconstruction(
         conversion: student with calibrated ranges, and reference.
         images: (N, C, H, W) calibration images, normalised.
         seed: of batches, dropping and held-out images.
-        granularity: layer, block, stage or network.
+        granularity: layer, block, merged, stage or network.
+        merges: for "merged", how many pairs of neighbouring blocks are learned jointly; below 1 a share of all pairs.
+        schedule: "sequential": a unit reads what the quantized units before it give; "parallel": what the float ones
+            give, so that units do not depend on each other.
         phases: "joint": weights and activation steps together; "weights_then_activations": the weights of all units
             with float activations, then the activation steps of all units; "none": nothing is learned.
         iterations: steps per unit for the weights, or jointly.
@@ -54,12 +61,13 @@ def build_reconstruction(
         drop: QDrop's probability of an element to stay float; 0 switches it off.
         regularizer_weight: of the mean rounding penalty, against an error that starts near 1.
         normalization: see `UnitLoss`.
-        error_power: 2 for the squared error.
+        objective: the error of a unit; None: the squared error.
         bias_lr: learning rate of biases; None leaves them.
         rates_stated_for: steps that the quantizers' learning rates are meant for; with fewer they are raised.
         holdout: share of the images that is never learned from.
         residency: where activations are kept: auto, device, cpu, half or disk.
         forward_batch_size: images per forward between units.
+        share: (i, n): the i-th of n shares of the units, with schedule "parallel".
 
     Raises:
         ValueError: if a choice is unknown or a number out of its range.
@@ -72,19 +80,23 @@ def build_reconstruction(
     }
     if phases not in plans:
         raise ValueError(f"phases: expected one of {get_args(Phases)}, got {phases!r}")
-    units = partition(conversion.reference, granularity)
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}")
+    units = partition(conversion.reference, granularity, merges=merges)
     module = BlockReconstructionModule(
         conversion.student,
         units,
         iterations=plans[phases],
         batch_size=batch_size,
-        loss=UnitLoss(regularizer_weight, normalization, PowerError(error_power)),
+        loss=UnitLoss(regularizer_weight, normalization, objective or PowerError()),
         drop=drop,
         bias_lr=bias_lr,
         rates_stated_for=rates_stated_for,
         seed=seed,
+        parallel=schedule == "parallel",
+        share=share,
     )
-    if not module.has_work:
+    if not module.has_work and share == (0, 1):
         module.harden()
     datamodule = UnitActivations(
         conversion.reference, units, images, residency=residency, batch_size=forward_batch_size, holdout=holdout

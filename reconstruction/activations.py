@@ -3,15 +3,14 @@
 Student values are those of the units before it as they will be deployed, weights and activations quantized (the
 asymmetric reconstruction of Nagel et al., "AdaRound", ICML 2020, arXiv 2004.10568, eq. 25); targets are the float
 network's on float inputs.
-Going from one unit to the next costs one forward of that unit in either network.
+Going from one unit to the next costs one forward of that unit in either network. In the parallel schedule of Hubara et
+al. (AdaQuant, arXiv 2006.10518) every unit reads the float network's values instead, so that none depends on another.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor, fx
 from reconstruction.extract import Cutter, tensor_name
 from reconstruction.memory import Residency, choose_residency, estimate_bytes
 from reconstruction.partition import Unit
+from reconstruction.storage import Storage
+from reconstruction.tail import Tail
 
 
 class Piece(NamedTuple):
@@ -43,6 +44,12 @@ class ActivationCache:
             that has room.
         batch_size: images per forward when going on to the next unit.
         device: where units run.
+        parallel: whether student values are the float network's too.
+        weighted: whether each target gets weights of its own size (`weights`), which have to find room.
+
+    Attributes:
+        weights: a weight for every number of `targets`, in their order, where the objective keeps some; dropped with
+            the unit.
 
     Raises:
         ValueError: if there are no images, `batch_size` is not positive or the residency is unknown.
@@ -58,6 +65,8 @@ class ActivationCache:
         residency: Residency = "auto",
         batch_size: int = 128,
         device: torch.device | str = "cpu",
+        parallel: bool = False,
+        weighted: bool = False,
     ) -> None:
         if images.dim() < 2 or len(images) == 0:
             raise ValueError(f"images: expected (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
@@ -68,14 +77,19 @@ class ActivationCache:
         self.images = images
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.bytes_expected = estimate_bytes(reference, self.units, len(images))
+        self.parallel = parallel
+        self.bytes_expected = estimate_bytes(reference, self.units, len(images), parallel=parallel, weighted=weighted)
         self.residency = choose_residency(residency, self.bytes_expected, self.device)
+        self.storage = Storage(self.residency, self.device)
         self.peak_bytes = 0
         self.version = 0
         self.position: int | None = None
         self._read: dict[str, dict[str, int]] = {"student": {}, "teacher": {}}
         self._values: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
         self._pieces: tuple[int | None, dict[str, Piece]] = (None, {})
+        self._tail: tuple[int | None, Tail | None] = (None, None)
+        self._logits: Tensor | None = None
+        self.weights: list[Tensor] = []
         for side, cutter in self.cutters.items():
             for k, unit in enumerate(self.units):
                 self._read[side] |= dict.fromkeys(cutter.interface(unit).inputs, k)
@@ -102,6 +116,8 @@ class ActivationCache:
     @property
     def student_inputs(self) -> list[Tensor]:
         """The current unit's inputs in the student, each (N, ...), as they are kept."""
+        if self.parallel:
+            return self.teacher_inputs
         return [self._values["student"][name] for name in self._piece("student").inputs]
 
     @property
@@ -132,6 +148,35 @@ class ActivationCache:
         return self.targets[0]
 
     @property
+    def logits(self) -> Tensor:
+        """What the float network returns, (N, classes); computed once for all units."""
+        if self._logits is None:
+            self._logits = self._compute_logits()
+        return self._logits
+
+    @property
+    def tail(self) -> Tail:
+        """The float network behind the current unit."""
+        assert self.position is not None, "enter a unit first"
+        place, tail = self._tail
+        if tail is None or place != self.position:
+            nodes = self.cutters["student"].nodes
+            outputs = [tensor_name(nodes[name]) for name in self._piece("student").outputs]
+            tail = Tail(self.cutters["teacher"], units=self.units, index=self.position, outputs=outputs)
+            self._tail = (self.position, tail)
+        return tail
+
+    def tail_inputs(self, index: Tensor | slice) -> list[Tensor]:
+        """Of some images, the student's values that the tail reads besides what the current unit returns."""
+        if not self.tail.reads:
+            return []
+        side = "teacher" if self.parallel else "student"
+        nodes = self.cutters[side].nodes
+        # Of a tensor and its quantized copy the later one stands, which is what the student goes on with.
+        values = {tensor_name(nodes[name]): value for name, value in self._values[side].items()}
+        return self.pick((values[name] for name in self.tail.reads), index)
+
+    @property
     def student_module(self) -> fx.GraphModule:
         """The current unit of the student, sharing its modules."""
         return self._piece("student").module
@@ -139,11 +184,11 @@ class ActivationCache:
     @property
     def index_device(self) -> torch.device:
         """Where an index into the kept tensors has to be."""
-        return self.device if self.residency in ("device", "half") else torch.device("cpu")
+        return self.storage.index_device
 
     def pick(self, tensors: Iterable[Tensor], index: Tensor | slice) -> list[Tensor]:
         """Float32 copies on the device of some images' values."""
-        return [self._out(tensor, index) for tensor in tensors]
+        return [self.storage.pick(tensor, index) for tensor in tensors]
 
     def slices(self) -> list[slice]:
         """All images in batches, always cut alike."""
@@ -152,9 +197,8 @@ class ActivationCache:
 
     def close(self) -> None:
         """Let go of all values."""
-        self.position = None
-        self._values = {"student": {}, "teacher": {}}
-        self._pieces = (None, {})
+        self._forget()
+        self._logits = None
 
     def _piece(self, side: str) -> Piece:
         assert self.position is not None, "enter a unit first"
@@ -165,7 +209,7 @@ class ActivationCache:
         return self._pieces[1][side]
 
     def _restart(self, version: int) -> None:
-        self.close()
+        self._forget()
         self.version = version
         images = self._keep(self.images.to(self.index_device, torch.float32))
         (name,) = self.units[0].inputs
@@ -179,7 +223,9 @@ class ActivationCache:
 
     def _leave(self, index: int) -> None:
         """Compute what the student's unit returns, and drop what no later unit reads."""
-        self._run("student")
+        self.weights = []
+        if not self.parallel:
+            self._run("student")
         for side, values in self._values.items():
             alive = {n: v for n, v in values.items() if self._read[side].get(n, -1) > index}
             self._values[side] = {name: self._keep(value) for name, value in alive.items()}
@@ -187,17 +233,28 @@ class ActivationCache:
     @torch.no_grad()
     def _run(self, side: str) -> None:
         piece, values = self._piece(side), self._values[side]
-        results: list[Tensor] = []
-        for part in self.slices():
-            outputs = piece.module(*self.pick((values[name] for name in piece.inputs), part))
-            for i, (name, output) in enumerate(zip(piece.outputs, outputs, strict=True)):
-                if len(results) == i:
-                    self._check(name, output, part)
-                    results.append(self._like(output))
-                results[i][part] = output
+        inputs = [values[name] for name in piece.inputs]
+        results = self._collect(piece.outputs, lambda part: piece.module(*self.pick(inputs, part)))
         values.update(zip(piece.outputs, results, strict=True))
         kept = {id(t): t.nbytes for side_values in self._values.values() for t in side_values.values()}
         self.peak_bytes = max(self.peak_bytes, sum(kept.values()))
+
+    @torch.no_grad()
+    def _compute_logits(self) -> Tensor:
+        network = self.cutters["teacher"].graph_module
+        (logits,) = self._collect(["logits"], lambda part: (network(*self.pick([self.images], part)),))
+        return logits
+
+    def _collect(self, names: Sequence[str], run: Callable[[slice], Sequence[Tensor]]) -> list[Tensor]:
+        """What `run` returns for all images, in batches."""
+        results: list[Tensor] = []
+        for part in self.slices():
+            for i, (name, output) in enumerate(zip(names, run(part), strict=True)):
+                if len(results) == i:
+                    self._check(name, output, part)
+                    results.append(self.storage.like(output, len(self.images)))
+                results[i][part] = output
+        return results
 
     def _check(self, name: str, output: Tensor, part: slice) -> None:
         if output.dim() == 0 or len(output) != part.stop - part.start:
@@ -207,36 +264,10 @@ class ActivationCache:
                 "Choose a coarser granularity (block, stage or network)."
             )
 
-    def _like(self, output: Tensor) -> Tensor:
-        """Float32 memory for all images' values, where they are kept, in the memory order of one batch of them.
-
-        A channels-last tensor has to stay one: convolutions would sum in another order.
-        """
-        order = sorted(range(output.dim()), key=output.stride, reverse=True)
-        shape = [(len(self.images), *output.shape[1:])[axis] for axis in order]
-        return self._empty(shape).permute([order.index(axis) for axis in range(output.dim())])
-
-    def _empty(self, shape: Sequence[int]) -> Tensor:
-        if self.residency != "disk":
-            return torch.empty(shape, device=self.index_device)
-        with tempfile.TemporaryDirectory(prefix="calibrant-activations-") as folder:
-            # The mapping outlives its directory entry: the file goes when the tensor does, also after a crash.
-            path = str(Path(folder) / "values.bin")
-            return torch.from_file(path, shared=True, size=torch.Size(shape).numel()).view(shape)
+    def _forget(self) -> None:
+        self.position = None
+        self._values = {"student": {}, "teacher": {}}
+        self._pieces, self._tail, self.weights = (None, {}), (None, None), []
 
     def _keep(self, value: Tensor) -> Tensor:
-        """The value in the precision in which unit inputs are kept."""
-        if self.residency != "half" or value.dtype == torch.float16:
-            return value
-        half = value.half()
-        if not bool(torch.isfinite(half).all()):
-            raise ValueError(
-                f"residency: 'half' holds numbers up to 65504, but a value in front of unit "
-                f"{self.units[self.position or 0].name!r} reaches {float(value.abs().max()):.3g}; use 'cpu' or 'disk'"
-            )
-        return half
-
-    def _out(self, value: Tensor, index: Tensor | slice) -> Tensor:
-        chosen = value[index].to(self.device, torch.float32)
-        # A slice is a view; a module that works in place must not reach what is kept.
-        return chosen.clone() if isinstance(index, slice) and chosen.dtype == value.dtype else chosen
+        return self.storage.keep(value, self.units[self.position or 0].name)

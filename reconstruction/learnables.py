@@ -33,10 +33,12 @@ class Learnables:
         found = {site: None for module in modules for _, site in sites(module) if site.enabled}
         self.sites: list[ActivationSite] = list(found)
         self.weight_quantizers = [layer.weight_quantizer for layer in layers]
+        self._biases: list[Tensor] = []
         weights = [group for quantizer in self.weight_quantizers for group in quantizer.parameter_groups()]
         if bias_lr is not None:
-            biases = [layer.bias for layer in layers if layer.bias is not None]
-            weights += [{"params": biases, "lr": bias_lr, "anneal": "constant", "kind": "bias"}] if biases else []
+            self._biases = [layer.bias for layer in layers if layer.bias is not None]
+            group = {"params": self._biases, "lr": bias_lr, "anneal": "constant", "kind": "bias"}
+            weights += [group] if self._biases else []
         activations = [group for site in self.sites for group in site.quantizer.parameter_groups()]
         self._groups = {"weights": _untaken(weights, taken), "activations": _untaken(activations, taken)}
         self._groups["joint"] = self._groups["weights"] + self._groups["activations"]
@@ -72,18 +74,32 @@ class Learnables:
         for quantizer in self.quantizers:
             quantizer.harden()
 
+    def tensors(self) -> list[Tensor]:
+        """All that learning the unit changes, in a fixed order: its quantizers, and its biases if they are learned."""
+        found = [t for quantizer in self.quantizers for t in quantizer.state_dict(keep_vars=True).values()]
+        return [*found, *self._biases]
+
+    def state(self) -> list[Tensor]:
+        """A copy of `tensors`."""
+        return [tensor.detach().clone() for tensor in self.tensors()]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Write what `state` returned, in place."""
+        for tensor, value in zip(self.tensors(), state, strict=True):
+            tensor.copy_(value)
+
     @contextmanager
-    def hardened(self) -> Iterator[None]:
-        """Inside, the unit computes as if it were hardened now; afterwards it is as soft as before."""
-        tensors = [t for quantizer in self.quantizers for t in quantizer.state_dict(keep_vars=True).values()]
-        before = [tensor.detach().clone() for tensor in tensors]
+    def hardened(self, state: Sequence[Tensor] | None = None) -> Iterator[None]:
+        """Inside, the unit computes as if it were hardened now, or in `state`; afterwards it is as soft as before."""
+        before = self.state()
         try:
+            if state is not None:
+                self.restore(state)
             self.harden()
             yield
         finally:
-            with torch.no_grad():
-                for tensor, value in zip(tensors, before, strict=True):
-                    tensor.copy_(value)
+            self.restore(before)
 
 
 def learnables_of(student: fx.GraphModule, units: Sequence[Unit], *, bias_lr: float | None = None) -> list[Learnables]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reconstruction.activations import ActivationCache
+from reconstruction.learnables import Learnables
 from reconstruction.objectives import UnitLoss
 from reconstruction.schedules import held_out
 
@@ -23,15 +24,18 @@ def image_errors(cache: ActivationCache, loss: UnitLoss) -> Tensor:
     parts = []
     for part in cache.slices():
         outputs = cache.student_module(*cache.pick(cache.student_inputs, part))
-        parts.append(loss.errors(outputs, cache.pick(cache.targets, part)).cpu())
+        parts.append(loss.objective.errors(cache, outputs, part).cpu())
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def image_powers(cache: ActivationCache, loss: UnitLoss) -> Tensor:
     """The error that an output of zeros would have, for every image; (N,) on the CPU."""
-    targets = (cache.pick(cache.targets, part) for part in cache.slices())
-    return torch.cat([loss.errors(map(torch.zeros_like, batch), batch).cpu() for batch in targets])
+    parts = []
+    for part in cache.slices():
+        zeros = [torch.zeros_like(target) for target in cache.pick(cache.targets, part)]
+        parts.append(loss.objective.errors(cache, zeros, part).cpu())
+    return torch.cat(parts)
 
 
 class Measurement:
@@ -47,6 +51,15 @@ class Measurement:
     def __init__(self, loss: UnitLoss, count: int, holdout: float, *, seed: int) -> None:
         self.loss = loss
         self.kept, self.held = held_out(count, holdout, seed=seed)
+
+    def entry(self, cache: ActivationCache, learnables: Learnables, state: Sequence[Tensor] | None) -> dict[str, float]:
+        """`error_nearest` and `power` of the unit rounded to the nearest; the objective takes what it needs from it.
+
+        `state` of the unit is that before its first step; None: as it stands.
+        """
+        with learnables.hardened(state):
+            self.loss.objective.enter(cache, self.kept)
+            return self.errors(cache, "nearest") | self.power(cache)
 
     def errors(self, cache: ActivationCache, name: str) -> dict[str, float]:
         """`error_<name>` of the unit as it now stands, and `error_<name>_holdout` if images are held out."""

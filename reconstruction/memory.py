@@ -17,8 +17,10 @@ Residency = Literal["auto", "device", "cpu", "half", "disk"]
 SHARE_OF_MEMORY = 0.5  # of what is free now; the rest is for the unit being learned
 
 
-def estimate_bytes(reference: fx.GraphModule, units: Sequence[Unit], count: int) -> int:
-    """The most that an `ActivationCache` of `count` images holds at once, in float32.
+def estimate_bytes(
+    reference: fx.GraphModule, units: Sequence[Unit], count: int, *, parallel: bool = False, weighted: bool = False
+) -> int:
+    """The most that an `ActivationCache` of `count` images holds at once, in float32, logits apart.
 
     Counts, for the worst unit, what it and later units read and what it returns, in student and teacher.
 
@@ -26,6 +28,8 @@ def estimate_bytes(reference: fx.GraphModule, units: Sequence[Unit], count: int)
         reference: the traced float network, with `meta["shape"]` at its nodes.
         units: the partition.
         count: number of images.
+        parallel: whether the student reads the teacher's values and has none of its own.
+        weighted: whether each target has weights of its size beside it.
     """
     shapes = {node.name: node.meta["shape"] for node in reference.graph.nodes if node.meta.get("shape") is not None}
     last = {name: k for k, unit in enumerate(units) for name in unit.inputs}
@@ -35,8 +39,10 @@ def estimate_bytes(reference: fx.GraphModule, units: Sequence[Unit], count: int)
     for k, unit in enumerate(units):
         present = alive | set(unit.outputs)
         once = images if k < len(units) - 1 else images | set(unit.outputs)  # the student's own result is not kept
+        once = present if parallel else once
         numbers = sum(math.prod(shapes[name][1:]) * (1 if name in once else 2) for name in present)
-        worst = max(worst, numbers)
+        weights = sum(math.prod(shapes[name][1:]) for name in unit.outputs) if weighted else 0
+        worst = max(worst, numbers + weights)
         alive = {name for name in present if last.get(name, -1) > k}
     return worst * count * torch.float32.itemsize
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from quantizers.layer import WEIGHTED
+from reconstruction.merging import merge
 from reconstruction.naming import Scopes
 
-Granularity = Literal["layer", "block", "stage", "network"]
+Granularity = Literal["layer", "block", "merged", "stage", "network"]
 _NAMES = (
     """relu relu6 leaky_relu prelu elu selu celu silu gelu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh"""
 )
@@ -48,7 +49,7 @@ class Unit:
     layers: tuple[str, ...]
 
 
-def partition(reference: fx.GraphModule, granularity: Granularity) -> list[Unit]:
+def partition(reference: fx.GraphModule, granularity: Granularity, *, merges: float = 0.25) -> list[Unit]:
     """Cut `reference` into a chain of units that together hold every node once.
 
     Constants (attributes, and what is computed from them alone) belong to no unit: each unit that reads one makes it.
@@ -56,10 +57,13 @@ def partition(reference: fx.GraphModule, granularity: Granularity) -> list[Unit]
     Args:
         reference: a traced network with one input; `node.meta["is_tensor"]` says where a value is no tensor.
         granularity: "layer": each layer with the activation function behind it; "block": the network's repeated blocks;
-            "stage": the containers that hold the blocks; "network": one unit.
+            "merged": blocks, some of them joined with their neighbours (see `merging`); "stage": the containers that
+            hold the blocks; "network": one unit.
+        merges: for "merged", how many pairs of neighbours are joined; below 1 a share of all pairs.
 
     Raises:
-        ValueError: if `granularity` is none of these, or the graph has not exactly one input.
+        ValueError: if `granularity` is none of these, `merges` is no number of pairs, or the graph has not exactly one
+            input.
     """
     if granularity not in get_args(Granularity):
         raise ValueError(f"granularity: expected one of {get_args(Granularity)}, got {granularity!r}")
@@ -74,6 +78,8 @@ def partition(reference: fx.GraphModule, granularity: Granularity) -> list[Unit]
     pieces = _blocks(
         reference, _atoms(order, single=True), Scopes(reference.graph.nodes), stages=granularity == "stage"
     )
+    if granularity == "merged":
+        pieces = merge(pieces, [_capacity(reference, nodes) for _, nodes in pieces], merges)
     return _named(reference, pieces)
 
 
@@ -108,6 +114,13 @@ def is_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ACTIVATION_METHODS
     return node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS
+
+
+def _capacity(reference: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
+    """How many weights the layers have, each once."""
+    targets = {str(node.target) for node in nodes if is_weighted(reference, node)}
+    parameters = {p for target in targets for p in reference.get_submodule(target).parameters() if p.dim() > 1}
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _atoms(order: Sequence[fx.Node], *, single: bool) -> list[list[fx.Node]]:

@@ -119,6 +119,23 @@ def test_images_are_synthesised_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert fitted == ["synthesis", "reconstruction", "reconstruction"]
 
 
+def test_a_shared_reconstruction_gives_the_same_student_and_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*SMALL, "weight=adaquant", "reconstruction=adaquant_parallel", "reconstruction.batch_size=4"]
+    run_job(composed(overrides, tmp_path / "alone"))
+    fitted: list[str] = []
+    fit = Job.fit
+    monkeypatch.setattr(Job, "fit", lambda *arguments: (fitted.append(arguments[1].stage), fit(*arguments)))
+    for name in ("shared", "again"):
+        cfg = composed([*overrides, "share_reconstruction=2"], tmp_path / name)
+        with open_dict(cfg):
+            cfg.paths.store = str(tmp_path / "alone" / "store")
+        run_job(cfg)
+        assert same(student(tmp_path / name), student(tmp_path / "alone"))
+    assert fitted == ["reconstruction_0", "reconstruction_1"]
+
+
 def test_observers_change_no_number(tmp_path: Path) -> None:
     watched, alone = tmp_path / "watched", tmp_path / "alone"
     for folder, extra in ((watched, ["logger=csv"]), (alone, ["callbacks=none"])):

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from lightning_modules.block_reconstruction import BlockReconstructionModule
 from lightning_modules.reconstruction import build_reconstruction
@@ -24,7 +26,10 @@ from quantizers.nearest import Nearest, NearestActivation
 from quantizers.qdrop import qdrop
 from quantizers.ranges import MinMax
 from reconstruction.extract import extract
+from reconstruction.fisher import DiagonalFisher
+from reconstruction.objectives import PowerError
 from reconstruction.partition import partition
+from reconstruction.prediction_difference import PredictionDifference
 from reconstruction.schedules import index_batches, seed_of
 from tests.reconstruction.students import images, resnet8, student_of
 
@@ -62,14 +67,48 @@ def squared_error(y: Tensor, target: Tensor) -> Tensor:
     return (y - target).square().sum(1).view(len(y), -1).mean(1).mean()
 
 
-def plain_loop(conversion: Conversion, x: Tensor, *, iterations: int, batch_size: int, drop: float, seed: int) -> None:
+def kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of each image."""
+    p, q = (teacher / temperature).log_softmax(1), (logits / temperature).log_softmax(1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+
+
+def fisher_weights(z: Tensor, tail: Callable[[Tensor], Tensor], teacher: Tensor) -> Tensor:
+    """Squared gradients of the divergence at `z`, of mean 1."""
+    z = z.detach().requires_grad_()
+    (g,) = torch.autograd.grad(kl(teacher, tail(z), 1.0).sum(), z)
+    mean = g.double().square().flatten(1).sum(1).mean() / g[0].numel()
+    return (g / float(mean.sqrt())).square()
+
+
+def plain_loop(
+    conversion: Conversion,
+    x: Tensor,
+    *,
+    iterations: int,
+    batch_size: int,
+    drop: float,
+    seed: int,
+    objective: str = "mse",
+    parallel: bool = False,
+) -> None:
     """The oracle: blocks one after the other, an Adam and its schedules for each, nothing of Lightning."""
     x_q = x_fp = x
     generator = torch.Generator()
-    for k, unit in enumerate(partition(conversion.reference, "block")):
+    units = partition(conversion.reference, "block")
+    with torch.no_grad():
+        logits = conversion.reference(x)
+    for k, unit in enumerate(units):
+        behind = [extract(conversion.reference, other) for other in units[k + 1 :]]
         student, teacher = extract(conversion.student, unit), extract(conversion.reference, unit)
         with torch.no_grad():
             target = teacher(x_fp)[0]
+
+        def tail(z: Tensor, behind: list[fx.GraphModule] = behind) -> Tensor:
+            for part in behind:
+                (z,) = part(z)
+            return z
+
         rounded = [m.weight_quantizer for m in student.modules() if isinstance(m, QuantizedLayer)]
         active = [m for m in student.modules() if isinstance(m, ActivationSite)]
         groups = [g for q in (*rounded, *(s.quantizer for s in active)) for g in q.parameter_groups()]
@@ -78,7 +117,19 @@ def plain_loop(conversion: Conversion, x: Tensor, *, iterations: int, batch_size
             for _, quantizer in quantizers_of(nearest):
                 quantizer.harden()
             with torch.no_grad():
-                entry = float(squared_error(nearest(x_q)[0], target))
+                at_entry = nearest(x_q)[0]
+            weights = fisher_weights(at_entry, tail, logits) if objective == "fisher" else torch.ones_like(target)
+
+            def error_of(y: Tensor, index: Any, *, z: Tensor = target, w: Tensor = weights, tail: Any = tail) -> Tensor:
+                if objective == "fisher":
+                    return (w[index] * (y - z[index]).square()).sum(1).view(len(y), -1).mean(1).mean()
+                if objective == "pd":
+                    images = (y - z[index]).square().sum(1).view(len(y), -1).mean(1)
+                    return (images + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
+                return squared_error(y, z[index])
+
+            with torch.no_grad():
+                entry = float(error_of(at_entry, slice(None)))
             optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["lr"]} for g in groups])
             cosine = [g["anneal"] == "cosine" for g in groups]
             factors = [(lambda t, c=c: 0.5 * (1 + math.cos(math.pi * t / iterations)) if c else 1.0) for c in cosine]
@@ -88,11 +139,11 @@ def plain_loop(conversion: Conversion, x: Tensor, *, iterations: int, batch_size
                 inputs = x_q[index]
                 if drop:
                     generator.manual_seed(seed_of(seed, "joint", k, t, 0))
-                    inputs = qdrop(inputs, x_fp[index], drop, generator)
+                    inputs = inputs if parallel else qdrop(inputs, x_fp[index], drop, generator)
                     for site in active:
                         site.train()
                         site.drop, site.generator = drop, generator
-                error = squared_error(student(inputs)[0], target[index]) / entry
+                error = error_of(student(inputs)[0], index) / entry
                 penalty = sum(
                     n / sum(sizes) * q.regularizer(t / iterations) for q, n in zip(rounded, sizes, strict=True)
                 )
@@ -106,19 +157,56 @@ def plain_loop(conversion: Conversion, x: Tensor, *, iterations: int, batch_size
                 site.eval()
                 site.drop, site.generator = 0.0, None
         with torch.no_grad():
-            x_q, x_fp = student(x_q)[0], target
+            x_q, x_fp = target if parallel else student(x_q)[0], target
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_equals_a_plain_loop_bit_for_bit(drop: float) -> None:
+OBJECTIVES = {"mse": PowerError(), "fisher": DiagonalFisher(), "pd": PredictionDifference()}
+
+
+@pytest.mark.parametrize(
+    ("drop", "objective", "parallel"),
+    [
+        (0.0, "mse", False),
+        (0.5, "mse", False),
+        (0.0, "fisher", False),
+        (0.5, "fisher", True),
+        (0.5, "pd", False),
+        (0.0, "mse", True),
+    ],
+)
+def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: bool) -> None:
     x = images(10)
     one = student_of(resnet8(), x)
     other = student_of(resnet8(), x)
     start = copy.deepcopy(one.student)
-    learn(one, x, drop=drop)
-    plain_loop(other, x, iterations=5, batch_size=4, drop=drop, seed=3)
+    learn(one, x, drop=drop, objective=OBJECTIVES[objective], schedule="parallel" if parallel else "sequential")
+    plain_loop(other, x, iterations=5, batch_size=4, drop=drop, seed=3, objective=objective, parallel=parallel)
     assert same(one.student, other.student)
     assert not same(one.student, start)
+
+
+@pytest.mark.parametrize("objective", ["fisher", "pd"])
+def test_objectives_are_float32_under_autocast(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(6)
+    seen: set[torch.dtype] = set()
+    kind = type(OBJECTIVES[objective])
+    errors = kind.errors
+
+    def watched(self: Any, cache: Any, outputs: Any, index: Any) -> Tensor:
+        found = errors(self, cache, outputs, index)
+        seen.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(kind, "errors", watched)
+    module = learn(
+        student_of(resnet8(), x),
+        x,
+        iterations=2,
+        objective=OBJECTIVES[objective],
+        trainer={"precision": "bf16-mixed"},
+    )
+    assert seen == {torch.float32}
+    assert all(math.isfinite(row["error_hard"]) for row in module.results)
 
 
 class KillAndWatch(pl.Callback):
@@ -141,12 +229,19 @@ class KillAndWatch(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("phases", "kill"),
-    [*(("joint", kill) for kill in (3, 5, 25)), *(("weights_then_activations", kill) for kill in (8, 25, 28, 45))],
+    ("phases", "kill", "objective"),
+    [
+        *(("joint", kill, "mse") for kill in (3, 5, 25)),
+        *(("weights_then_activations", kill, "mse") for kill in (8, 25, 28, 45)),
+        *(("joint", kill, "fisher") for kill in (8, 10, 25)),
+        ("weights_then_activations", 28, "fisher"),
+        ("joint", 8, "pd"),
+    ],
 )
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, phases: str, kill: int) -> None:
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, phases: str, kill: int, objective: str) -> None:
     x = images(10)
     arguments: dict[str, Any] = {"phases": phases, "activation_iterations": 5, "holdout": 0.2}
+    arguments |= {"objective": OBJECTIVES[objective], "bias_lr": 1e-3}
     arguments |= {"drop": 0.5 if phases == "joint" else 0.0}
     whole = student_of(resnet8(), x)
     uninterrupted = KillAndWatch(None, kill + 1)
@@ -311,7 +406,9 @@ def test_sites_and_switches_are_restored_after_an_exception() -> None:
         ("granularity", "row", "granularity"),
         ("normalization", "mean", "normalization"),
         ("regularizer_weight", -1.0, "regularizer_weight"),
-        ("error_power", 0.0, "p: "),
+        ("schedule", "random", "schedule"),
+        ("share", (0, 2), "schedule=parallel"),
+        ("share", (2, 2), "0 <= i < n"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(argument: str, value: Any, match: str) -> None:

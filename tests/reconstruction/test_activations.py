@@ -64,6 +64,30 @@ def test_going_on_costs_one_forward_of_each_unit() -> None:
     assert calls.count("student") == len(cache.units) - 1
 
 
+def test_student_inputs_of_all_images_come_from_the_quantized_units_in_front() -> None:
+    """The released AdaQuant replaces the first batch only."""
+    cache = cache_of(7, "layer", batch_size=2)
+    cache.enter(1)
+    first = cache.cutters["student"].extract(cache.units[0])
+    with torch.no_grad():
+        (expected,) = first(cache.images)
+    torch.testing.assert_close(cache.student_input, expected)
+    assert all(not torch.equal(q, x) for q, x in zip(cache.student_input, cache.teacher_input, strict=True))
+
+
+def test_in_parallel_the_student_reads_the_teachers_values_and_never_runs() -> None:
+    for granularity in ("layer", "block"):
+        cache = cache_of(5, granularity, parallel=True)
+        run = cache._run
+        cache._run = lambda side, run=run: run(side) if side == "teacher" else pytest.fail("ran")  # type: ignore[method-assign]
+        for k in range(len(cache.units)):
+            cache.enter(k)
+            assert equal(cache.student_inputs, cache.teacher_inputs)
+        assert cache.peak_bytes == cache.bytes_expected
+        with torch.no_grad():
+            torch.testing.assert_close(cache.target, cache.cutters["teacher"].graph_module(cache.images))
+
+
 def test_another_version_starts_from_the_images_again() -> None:
     cache = cache_of()
     cache.enter(3)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reconstruction.objectives import PowerError, UnitLoss
+from reconstruction.objectives import PowerError, UnitLoss, total
+from tests.reconstruction.students import skip_at
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4, 2), (3, 6, 5)])
@@ -19,8 +20,8 @@ def test_other_powers_and_several_outputs() -> None:
     y, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     expected = (y - target).abs().pow(2.4).sum(1).mean(1)
     torch.testing.assert_close(PowerError(2.4)(y, target), expected)
-    both = UnitLoss(error=PowerError(2.4)).errors([y, y], [target, target])
-    torch.testing.assert_close(both, 2 * expected)
+    error = PowerError(2.4)(y, target)
+    torch.testing.assert_close(total([error, error]), 2 * expected)
 
 
 def test_error_is_float32_for_half_inputs() -> None:
@@ -44,3 +45,13 @@ def test_normalizers(kind: str, entry: float, power: float, expected: float) -> 
 
 def test_a_dead_unit_has_a_normalizer() -> None:
     assert UnitLoss().normalizer(entry_error=0.0, power=0.0) == 1.0
+
+
+def test_the_error_of_a_layer_is_taken_behind_its_activation_function() -> None:
+    conversion, cache = skip_at(1)  # a layer that a ReLU follows
+    (y,) = cache.student_module(*cache.student_inputs)
+    before = conversion.student.second(cache.student_input)
+    target = conversion.reference.second(cache.teacher_input).relu()
+    expected = (before.relu() - target).square().sum(1)
+    torch.testing.assert_close(PowerError().errors(cache, [y], slice(0, 10)), expected)
+    assert bool((before < 0).any())

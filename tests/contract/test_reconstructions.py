@@ -1,0 +1,64 @@
+"""What every option of conf/reconstruction, and every objective, must keep; a new yaml is tested without a new test."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tests.configuration import CONF, options
+from tests.lightning_modules.test_block_reconstruction import trainer_of
+from tests.reconstruction.students import images, resnet8, student_of
+
+OBJECTIVES = sorted(path.stem for path in (CONF / "reconstruction" / "objective").glob("*.yaml"))
+SMALL: dict[str, Any] = {"seed": 0, "batch_size": 4, "forward_batch_size": 16}
+
+
+def option_of(name: str, *overrides: str) -> DictConfig:
+    """One option of the group, without the rest of the configuration, which takes long to compose."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(f"reconstruction/{name}", overrides=list(overrides)).reconstruction
+
+
+def learned(name: str, *overrides: str) -> Any:
+    """Two steps of every unit of a small student."""
+    x = images(6)
+    build = instantiate(option_of(name, *overrides, "reconstruction.iterations=2"))
+    module, datamodule = build(conversion=student_of(resnet8(), x), images=x, **SMALL)
+    if module.has_work:
+        trainer_of(module).fit(module, datamodule=datamodule)
+    return module
+
+
+def check(module: Any) -> None:
+    assert len(module.results) == len(module.epochs)
+    assert all(math.isfinite(value) for row in module.results for value in row.values() if isinstance(value, float))
+    assert not any(parameter.requires_grad for parameter in module.student.parameters())
+
+
+@pytest.mark.parametrize("option", options("reconstruction"))
+def test_every_option_learns_all_units_to_finite_errors(option: str) -> None:
+    check(learned(option))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns_all_units_to_finite_errors(objective: str) -> None:
+    check(learned("qdrop", f"reconstruction/objective={objective}"))
+    first = (CONF / "reconstruction" / "objective" / f"{objective}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+
+
+def test_presets_are_what_their_names_say() -> None:
+    names = {name: option_of(name) for name in options("reconstruction")}
+    assert names["adaquant"].schedule == "sequential"
+    assert names["adaquant_parallel"] == OmegaConf.merge(names["adaquant"], {"schedule": "parallel"})
+    assert names["genie_m"] == names["qdrop"]
+    assert "fisher" in names["brecq_fisher"].objective._target_
+    assert set(names["brecq_fisher"].objective) == {"_target_"}
+    assert (names["pd_quant"].objective.weight, names["pd_quant"].objective.temperature) == (10.0, 4.0)
+    assert names["pd_quant"].drop == 0.5
+    assert names["network"].objective.temperature == 1.0
