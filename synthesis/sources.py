@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Init = Literal["normal", "uniform", "valid_uniform", "zeroq_legacy"]
+from synthesis.coloured_noise import coloured_noise
+
+Init = Literal["normal", "coloured", "uniform", "valid_uniform", "zeroq_legacy"]
 LEGACY_VARIANCE = 5418.75  # 255^2 / 12
 
 
@@ -49,7 +51,8 @@ class Pixels(SampleSource):
     Args:
         batch_size: images that are optimised together.
         input_size: (C, H, W).
-        init: "normal" N(0, 1); "uniform" U[0, 1); "valid_uniform" between the bounds of `clamp` or `valid`;
+        init: "normal" N(0, 1); "coloured" the same with the spectrum and colours of photographs (`coloured_noise`);
+            "uniform" U[0, 1); "valid_uniform" between the bounds of `clamp` or `valid`;
             "zeroq_legacy" (randint(255) - 127.5) / 5418.75, what ZeroQ's code draws: it divides by a variance whose
             root was forgotten, so the images are nearly black (std 0.0136).
         clamp: lowest and highest value, each a number or one a channel; None leaves pixels free.
@@ -90,6 +93,8 @@ class Pixels(SampleSource):
         shape = self.pixels.shape
         if self.init == "normal":
             fresh = torch.randn(shape, generator=rng)
+        elif self.init == "coloured":
+            fresh = coloured_noise(shape, rng)
         elif self.init == "uniform":
             fresh = torch.rand(shape, generator=rng)
         elif self.init == "valid_uniform":
