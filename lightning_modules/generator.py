@@ -43,8 +43,8 @@ SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of a
 class GeneratorModule(pl.LightningModule):
     """Optimises a sample source until the statistics of its images match; train with `max_epochs=module.batches`.
 
-    `images`, (count, C, H, W), holds what the parameters give after the last step; NaN where not yet made. It is float32
-    on the CPU and no buffer, so that what is on the device does not grow with the number of images. A lasting source is
+    `images`, (count, C, H, W), holds what the parameters give after the last step; NaN where not yet made. It stays on
+    the CPU and is no buffer, so that what is on the device does not grow with the number of images. A lasting source is
     trained once, in one epoch, and then makes all images.
 
     Args:
