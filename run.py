@@ -7,33 +7,30 @@ python run.py --help             groups, options, examples
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from callbacks import report
 from callbacks.sample_grid import save_grid
-from callbacks.target_plot import save_targets
 from datamodules.calibration import CalibrationImages
 from datamodules.evaluation import EvaluationData
 from deployment.student_file import load_student, save_student
 from lightning_modules.evaluation import EvaluationModule
-from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
 from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of
+from lightning_modules.stored_synthesis import synthesizer
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
 from quantizers.layer import hardened_copy
 from quantizers.report import weight_bytes
-from synthesis.analytic_ranges import Deviations, set_analytic_ranges
+from synthesis.analytic_ranges import set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
@@ -46,7 +43,6 @@ LEARNING = (
     "seed",
     "trainer",
 )  # what a student depends on
-RECIPE_VERSION = 1  # raise it when the same settings make other images than before
 
 
 def run_job(cfg: DictConfig) -> dict[str, float]:
@@ -75,6 +71,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
                 save_student(conversion.student, job.folder / STUDENT, identity)
+            job.forget_checkpoints()
         metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
         conclude(job, teacher, conversion, metrics)
     return metrics
@@ -118,85 +115,6 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
     if job.is_main and len(images.images):
         save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
-
-
-def rounded_student(job: Job, teacher: Teacher) -> nn.Module:
-    """The student rounded to nearest, with ranges that need no image: what adaptive synthesis compares with."""
-    cfg = job.cfg
-    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-    student = convert(teacher.network, teacher.example(), *parts).student
-    set_analytic_ranges(student, teacher.network, teacher.input_size, rule=Deviations())
-    return hardened_copy(student).requires_grad_(False).to(job.device)
-
-
-def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
-    """A function that makes `count` images from the teacher alone, or finds them in the store."""
-    cfg = job.cfg
-    store = SampleStore(cfg.paths.store)
-
-    def make(count: int) -> Tensor:
-        recipe: dict[str, Any] = {
-            "synthesis": RECIPE_VERSION,
-            "precision": cfg.trainer.precision,
-            "generator": plain(cfg.generator),
-            "teacher": teacher.weights_hash,
-            "input_size": teacher.input_size,
-            "count": count,
-            "seed": cfg.seed,
-        }
-
-        def build(count: int, first_batch: int = 0) -> GeneratorModule:
-            return instantiate(cfg.generator)(
-                network=teacher.network,
-                input_size=teacher.input_size,
-                count=count,
-                first_batch=first_batch,
-                seed=cfg.seed,
-                student=lambda: rounded_student(job, teacher),
-            )
-
-        def fit(module: GeneratorModule) -> Tensor:
-            if module.has_work:
-                recall_targets(job, teacher, module)
-                job.fit(module, job.alone(max_epochs=module.batches))
-            else:
-                module.render()
-            return module.images
-
-        if not cfg.share_synthesis:
-            return store.get_or_make(recipe, lambda: fit(build(count)))
-        whole = build(count)
-        if not (whole.has_work and whole.independent):
-            return store.get_or_make(recipe, lambda: fit(whole))
-        size = whole.source.batch_size
-
-        def fit_part(part: int) -> Tensor:
-            module = build(min(size, count - part * size), first_batch=part)
-            module.stage = f"synthesis_{part}"  # a checkpoint of its own, so that a killed job goes on in its part
-            return fit(module)
-
-        return store.get_or_gather(recipe, whole.batches, fit_part)
-
-    return make
-
-
-def recall_targets(job: Job, teacher: Teacher, module: GeneratorModule) -> None:
-    """Measure the moments to match and their slack, or find them in the store; they depend on the teacher alone."""
-    generator, alignment = plain(job.cfg.generator), module.alignment
-    recipe: dict[str, Any] = {
-        "targets": RECIPE_VERSION,
-        "teacher": teacher.weights_hash,
-        "input_size": teacher.input_size,
-        "batch_size": module.source.batch_size,
-        "seed": job.cfg.seed,
-    } | {key: generator.get(key) for key in ("targets", "slack", "sda", "probe", "fold_batch_norm")}
-
-    def measure() -> Tensor:
-        alignment.place(job.device)
-        return alignment.found_targets()
-
-    alignment.recall(SampleStore(job.cfg.paths.store).get_or_make(recipe, measure))
-    save_targets(alignment, job.folder / "targets.png")
 
 
 def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:

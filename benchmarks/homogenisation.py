@@ -2,9 +2,10 @@
 
     python benchmarks/homogenisation.py --generators zeroq dsg -- model=cifar10_resnet20 calibration.count=128
 
-Makes (or finds in the store) the images of each generator, takes as many real ones and as much noise, and runs
-`trainer.validate` of `BNAlignmentModule` on all sets. Writes benchmarks/results/homogenisation_<model>.csv, a row for
-each set and layer, and a picture beside it. What stands after `--` are overrides of `run.py`.
+Takes the images of each generator (from the store, where `run.py` puts and finds them too, or made now) and as many
+real ones, and runs `trainer.validate` of `BNAlignmentModule` on all sets. Writes
+benchmarks/results/homogenisation_<model>.csv, a row for each set and layer, and a picture beside it. What stands after
+`--` are overrides of `run.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,44 +25,40 @@ from torch.utils.data import DataLoader
 from callbacks.alignment_plot import AlignmentPlot
 from callbacks.report import write_csv
 from callbacks.run_record import commit
-from datamodules.ledger import DataLedger
 from lightning_modules.bn_alignment import INPUT, BNAlignmentModule
-from lightning_modules.job import quieten
+from lightning_modules.job import open_job
+from lightning_modules.stored_synthesis import synthesizer
 from networks.teachers import Teacher
 from synthesis.moments import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+OUTPUTS = ROOT / "outputs" / "homogenisation"
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """The configuration of `run.py` with these overrides."""
+def composed(overrides: list[str], name: str) -> DictConfig:
+    """The configuration of `run.py` with these overrides; what a run leaves goes to a folder of that name."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
+        cfg = compose("config", overrides=["logger=none", *overrides])
     with open_dict(cfg):
-        cfg.paths.output = str(ROOT / "outputs" / "homogenisation")
+        cfg.paths.output = str(OUTPUTS / name)
     return cfg
 
 
-def synthesise(cfg: DictConfig, teacher: Teacher) -> Tensor:
-    """Images of the configured generator."""
-    module = instantiate(cfg.generator)(
-        network=teacher.network, input_size=teacher.input_size, count=cfg.calibration.count, seed=cfg.seed
-    )
-    if module.has_work:
-        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        pl.Trainer(accelerator="auto", max_epochs=module.batches, **quiet).fit(module)
-    else:
-        module.render()
-    return module.images.cpu()
+def images_of_run(cfg: DictConfig) -> Tensor:
+    """The calibration images that `run.py` would take."""
+    with open_job(cfg) as job:
+        teacher: Teacher = instantiate(cfg.model)
+        images = job.source.load(teacher, job.ledger, synthesizer(job, teacher)).images
+        job.forget_checkpoints()
+    return images
 
 
-def image_sets(options: argparse.Namespace, teacher: Teacher) -> dict[str, Tensor]:
+def image_sets(generators: list[str], overrides: list[str]) -> dict[str, Tensor]:
     """Real images, and those of each generator, as many of each."""
-    real = composed([*options.overrides, "calibration=real"])
-    sets = {"real": instantiate(real.calibration).load(teacher, DataLedger(data_free=False), lambda n: Tensor()).images}
-    for name in options.generators:
-        sets[name] = synthesise(composed([*options.overrides, f"generator={name}"]), teacher)
+    sets = {"real": images_of_run(composed([*overrides, "calibration=real"], "real"))}
+    for name in generators:
+        sets[name] = images_of_run(composed([*overrides, f"generator={name}"], name))
     return sets
 
 
@@ -72,10 +68,9 @@ def main() -> None:
     parser.add_argument("--generators", nargs="+", default=["noise", "zeroq", "dsg"], help="options of conf/generator")
     parser.add_argument("overrides", nargs="*", help="arguments of run.py, after --")
     options = parser.parse_args()
-    quieten()
-    cfg = composed(options.overrides)
+    cfg = composed(options.overrides, "scores")
+    sets = image_sets(options.generators, options.overrides)
     teacher: Teacher = instantiate(cfg.model)
-    sets = image_sets(options, teacher)
     module = BNAlignmentModule(teacher.network, teacher.input_size, probe=Probe("sample"))
     path = RESULTS / f"homogenisation_{teacher.name}"
     plot = AlignmentPlot(list(sets), path.with_suffix(".png"), mean=teacher.mean, std=teacher.std)

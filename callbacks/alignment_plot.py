@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from callbacks.sample_grid import denormalise
-from lightning_modules.bn_alignment import BNAlignmentModule
+from lightning_modules.bn_alignment import BNAlignmentModule, images_of
 
 
 class AlignmentPlot(Callback):
@@ -56,7 +56,7 @@ class AlignmentPlot(Callback):
         kept = self.images.setdefault(dataloader_idx, [])
         missing = self.shown - sum(len(part) for part in kept)
         if missing > 0:
-            kept.append((batch if isinstance(batch, Tensor) else batch[0])[:missing].detach().float().cpu())
+            kept.append(images_of(batch)[:missing].detach().float().cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, BNAlignmentModule)

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: one file a stage, replaced every minute, gone when the stage is done."""
+"""Checkpoints to resume from: one file a stage, replaced every minute."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 class StageCheckpoint(pl.Callback):
     """Write `<folder>/<stage>.ckpt` every `every_seconds` at the end of a step, by a temporary name and a rename.
 
-    The file is complete whenever it exists. It is deleted when its stage ends well: what the stage made is then
-    stored elsewhere (images in the store) or in the next stage's checkpoint.
+    The file is complete whenever it exists. It outlives its stage, since only the job knows when what the stage made is
+    saved; from the last one a stage that was done already goes on at its end.
 
     Args:
         folder: where the checkpoints stand.
@@ -43,7 +43,3 @@ class StageCheckpoint(pl.Callback):
         if trainer.is_global_zero:
             temporary.replace(target)
         self.last = time.monotonic()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.path(pl_module).unlink(missing_ok=True)

@@ -30,6 +30,13 @@ class Look(NamedTuple):
     features: Tensor | None
 
 
+def images_of(batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
+    """The images of a batch: the batch itself, or its first item."""
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()))
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
 class BNAlignmentModule(pl.LightningModule):
     """The alignment loss of images; under `Trainer.validate` it scores any image set, layer by layer.
 
@@ -203,9 +210,7 @@ class BNAlignmentModule(pl.LightningModule):
         self, batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log gaps and losses of the images (the batch, or its first item); several loaders are several sets."""
-        if isinstance(batch, Mapping):
-            batch = next(iter(batch.values()))
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images_of(batch)
         with LayerStatistics(self.network, SAMPLE, self.targets.site) as single:
             look = self.look(images, self._classifier)
         seen = self.probe.statistics(look.moments)

@@ -1,7 +1,8 @@
 """Synthesis of images from a frozen network: one epoch makes one batch of images.
 
-Every draw is a function of (seed, batch of images, step), and everything else lives in parameters, buffers and the
-optimizer, so that a run resumed from any checkpoint equals an uninterrupted one bit by bit.
+Every draw is a function of (seed, batch of images, step), and everything else lives in parameters, buffers, the
+optimizer and the images finished so far, all of which a checkpoint holds, so that a run resumed from any checkpoint
+equals an uninterrupted one bit by bit.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of a
 class GeneratorModule(pl.LightningModule):
     """Optimises a sample source until the statistics of its images match; train with `max_epochs=module.batches`.
 
-    The buffer `images`, (count, C, H, W), holds what the parameters give after the last step; NaN where not yet made. A
-    lasting source is trained once, in one epoch, and then makes all images.
+    `images`, (count, C, H, W), holds what the parameters give after the last step; NaN where not yet made. It stays on
+    the CPU and is no buffer, so that what is on the device does not grow with the number of images. A lasting source is
+    trained once, in one epoch, and then makes all images.
 
     Args:
         alignment: the loss.
@@ -68,7 +70,6 @@ class GeneratorModule(pl.LightningModule):
     """
 
     stage = "synthesis"
-    images: Tensor
     entered: Tensor
     last_loss: Tensor
 
@@ -112,7 +113,8 @@ class GeneratorModule(pl.LightningModule):
         self._schedule_factory = schedule
         self._fresh_groups: list[dict[str, Any]] = []
         self._fresh_schedule: dict[str, Any] = {}
-        self.register_buffer("images", torch.full((count, *alignment.input_size), math.nan))
+        self.images = torch.full((count, *alignment.input_size), math.nan, dtype=torch.float32)
+        self.finished = 0  # of `images`, from the front
         self.register_buffer("entered", torch.tensor(NO_BATCH))  # the epoch whose batch is being optimised
         self.register_buffer("last_loss", torch.zeros(()))  # kept, because a resumed run asks whether it has settled
         self._bind()
@@ -185,6 +187,16 @@ class GeneratorModule(pl.LightningModule):
         self.alignment.place(self.device)
         if self.trainer.ckpt_path is None:
             self.entered.fill_(NO_BATCH)  # a fit that was interrupted before does not count
+            self.finished = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["finished_images"] = self.images[
+            : self.finished
+        ].clone()  # a view would be saved with all its storage
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finished = len(checkpoint["finished_images"])
+        self.images[: self.finished] = checkpoint["finished_images"]
 
     def on_train_batch_start(self, batch: int, batch_idx: int) -> int | None:
         # Lightning skips on_train_epoch_start after a resume, even when the checkpoint was the last of its epoch.
@@ -283,6 +295,7 @@ class GeneratorModule(pl.LightningModule):
             if self._features is not None:
                 look = self.alignment.look(images, self._features)
                 self.guides.remember(Answer(look.logits, labels, look.features))
+        self.finished = stop
         self.entered.fill_(NO_BATCH)
 
     def _diverged(self, where: str, step: int) -> None:

@@ -67,6 +67,11 @@ class Job:
             self.loggers[-1].log_hyperparams(plain(self.cfg))
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of the stages' checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
     def device(self) -> torch.device:
         """Where the stages compute: the GPU if the trainer uses one."""
         on_gpu = self.cfg.trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
@@ -105,12 +110,17 @@ class Job:
         self, module: pl.LightningModule, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None = None
     ) -> None:
         """Train, going on from this stage's checkpoint where the run was killed in it."""
-        checkpoint = self.folder / "checkpoints" / f"{getattr(module, 'stage', type(module).__name__)}.ckpt"
+        checkpoint = self.checkpoints / f"{getattr(module, 'stage', type(module).__name__)}.ckpt"
         arguments: dict[str, Any] = {"datamodule": datamodule}
         if self.cfg.resume and checkpoint.exists():
             log.info("resuming from %s", checkpoint)
             arguments |= {"ckpt_path": checkpoint, **SAFE_LOADING}
         trainer.fit(module, **arguments)
+
+    def forget_checkpoints(self) -> None:
+        """Remove the checkpoints of all stages: what they led to is saved now, so that no kill can cost the work."""
+        for path in self.checkpoints.glob("*.ckpt"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

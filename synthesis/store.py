@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from synthesis.leases import POLL, Lease
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,19 @@ log = logging.getLogger(__name__)
 class SampleStore:
     """A folder of `<key>.safetensors`, safe for concurrent jobs, also on network file systems.
 
+    An entry appears whole or not at all, whoever writes it, and is verified when it is read, so that none depends on a
+    lock: locks save double work, and are leases that end with the jobs that hold them.
+
     Args:
         folder: created when first written to.
         patience: seconds to wait for another job that makes the same images.
+        silence: seconds without a sign of life after which a job on another host counts as dead; see `Lease`.
     """
 
-    def __init__(self, folder: Path, patience: float = 24 * 3600) -> None:
+    def __init__(self, folder: Path, patience: float = 24 * 3600, silence: float = 600) -> None:
         self.folder = Path(folder)
         self.patience = patience
+        self.silence = silence
 
     def key(self, recipe: Mapping[str, Any]) -> str:
         """Return the sha256 of the canonical JSON of `recipe`, as hex.
@@ -68,6 +73,7 @@ class SampleStore:
 
         Raises:
             ValueError: if any pixel is not finite.
+            OSError, SafetensorError: if the folder cannot be written to.
         """
         if not images.isfinite().all():
             raise ValueError(
@@ -80,6 +86,8 @@ class SampleStore:
         temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
         try:
             save_file({"images": images}, temporary, {"recipe": _canonical(recipe), "digest": digest(images)})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # where a network file system first says that its disk is full
             os.replace(temporary, path)  # noqa: PTH105  the one call that is documented as atomic
         finally:
             temporary.unlink(missing_ok=True)
@@ -87,21 +95,25 @@ class SampleStore:
     def get_or_make(self, recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
         """Return the stored images, or make and store them; of concurrent jobs one makes and the others wait.
 
+        Images that cannot be stored are returned all the same, and a warning says so.
+
         Raises:
             TimeoutError: if another job holds the lock longer than `patience`.
         """
         images = self.get(recipe)
         if images is not None:
             return images
-        with self._locked(recipe):
+        with self._lease(recipe).held(self.patience):
             images = self.get(recipe)
             if images is None:
                 images = make().detach().cpu()
-                self.put(recipe, images)
+                self._keep(recipe, images)
         return images
 
     def get_or_gather(self, recipe: Mapping[str, Any], parts: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return the stored images, or make them part by part; concurrent jobs each take parts that nobody has yet.
+
+        Parts that cannot be stored are made by every job that needs them, and a warning says so.
 
         Args:
             recipe: of the whole, under which the parts end as one entry.
@@ -112,56 +124,74 @@ class SampleStore:
             TimeoutError: if other jobs hold the locks of all missing parts longer than `patience`.
         """
         recipes = [{**recipe, "part": part} for part in range(parts)]
-        idle_since = time.monotonic()
+        leases = [self._lease(each) for each in recipes]  # kept, for each times the silence of its owner
+        made: dict[int, Tensor] = {}  # here
+        idle_since, announced = time.monotonic(), False
         while (images := self.get(recipe)) is None:
-            missing = [part for part in range(parts) if not self.path(recipes[part]).exists()]
-            if any(self._take(recipes[part], functools.partial(make, part)) for part in missing):
+            missing = [part for part in range(parts) if part not in made and not self.path(recipes[part]).exists()]
+            taken = self._take_one(recipe, {part: leases[part] for part in missing}, make)
+            if taken:
+                made |= taken
                 idle_since = time.monotonic()
-                continue
-            found = [self.get(each) for each in recipes]
-            images = [part for part in found if part is not None]
-            if len(images) == parts:
-                self.put(recipe, torch.cat(images))
-                for each in recipes:
-                    self.path(each).unlink(missing_ok=True)
             elif not missing:
-                for each, part in zip(recipes, found, strict=True):
-                    if part is None:  # damaged
-                        self.path(each).unlink(missing_ok=True)
+                found = [made[part] if part in made else self.get(each) for part, each in enumerate(recipes)]
+                complete = [part for part in found if part is not None]
+                if len(complete) == parts:
+                    images = torch.cat(complete)
+                    if not self._keep(recipe, images):
+                        return images
+                else:
+                    self._remove(each for each, part in zip(recipes, found, strict=True) if part is None)  # damaged
             elif time.monotonic() - idle_since > self.patience:
-                raise self._held_too_long(self.path(recipes[missing[0]]).with_suffix(".lock"))
+                raise leases[missing[0]].kept_too_long(self.patience)
             else:
-                time.sleep(0.2)
+                if not announced:
+                    leases[missing[0]].announce()
+                announced = True
+                time.sleep(POLL)
+        self._remove(recipes)
         return images
 
-    def _take(self, recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> bool:
-        """Make what is missing unless another job is at it; whether it was made here."""
+    def _take_one(
+        self, whole: Mapping[str, Any], leases: Mapping[int, Lease], make: Callable[[int], Tensor]
+    ) -> dict[int, Tensor]:
+        """Make the first part that no other job is at; that part by its number, nothing if there was none to make."""
+        for part, lease in leases.items():
+            if not lease.acquire():
+                continue
+            try:
+                recipe = {**whole, "part": part}
+                # in this order: who has all parts stores the whole before removing them
+                if self.path(recipe).exists() or self.get(whole) is not None:
+                    return {}
+                images = make(part).detach().cpu()
+                self._keep(recipe, images)
+                return {part: images}
+            finally:
+                lease.release()
+        return {}
+
+    def _keep(self, recipe: Mapping[str, Any], images: Tensor) -> bool:
+        """Store images if that can be done: what is made shall not be lost to a full disk."""
         try:
-            with self._locked(recipe, patience=0):
-                if self.path(recipe).exists():
-                    return False
-                self.put(recipe, make())
-                return True
-        except TimeoutError:
+            self.put(recipe, images)
+        except (OSError, SafetensorError) as error:
+            log.warning(
+                "%s cannot be written to (%s): the images just made are used, but must be made again another time; "
+                "free space there, or choose another folder with paths.store",
+                self.folder,
+                error,
+            )
             return False
+        return True
 
-    def _held_too_long(self, lock: Path) -> TimeoutError:
-        return TimeoutError(
-            f"{lock}: expected the job that holds this lock to finish within {self.patience:g} s, it did not; "
-            "if no job is making these images (one was killed), delete the lock file"
-        )
+    def _remove(self, recipes: Iterable[Mapping[str, Any]]) -> None:
+        for recipe in recipes:
+            with suppress(OSError):
+                self.path(recipe).unlink()
 
-    @contextmanager
-    def _locked(self, recipe: Mapping[str, Any], patience: float | None = None) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.path(recipe).with_suffix(".lock")
-        timeout = self.patience if patience is None else patience
-        try:
-            holder = SoftFileLock(lock, timeout=timeout).acquire(poll_interval=0.2)
-        except Timeout as error:
-            raise self._held_too_long(lock) from error
-        with holder:
-            yield
+    def _lease(self, recipe: Mapping[str, Any]) -> Lease:
+        return Lease(self.path(recipe).with_suffix(".lock"), self.silence)
 
 
 def digest(images: Tensor) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from deployment.student_file import save_student
 from lightning_modules.job import Job
 from run import run_job
 from tests.configuration import SMALL, composed, options
@@ -171,6 +172,75 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, ste
     run_job(cfg)
     assert same(student(whole), student(killed))
     assert not list((killed / "checkpoints").iterdir())
+
+
+class Steps(pl.Callback):
+    """Counts the steps of each stage."""
+
+    taken: ClassVar[dict[str, int]] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        Steps.taken[pl_module.stage] = Steps.taken.get(pl_module.stage, 0) + 1
+
+
+SHORT = [
+    *SMALL,
+    "generator=zeroq",
+    "reconstruction.iterations=1",
+    "callbacks.checkpoint.every_seconds=0",
+    f"+callbacks.steps={{_target_: {__name__}.Steps}}",
+]
+
+
+def kill(*arguments: Any) -> None:
+    """In place of what saves a result; targets, which come before any image, are only not stored."""
+    if not any(isinstance(argument, dict) and "targets" in argument for argument in arguments):
+        raise KeyboardInterrupt
+
+
+def test_trained_images_outlive_a_kill_before_they_are_stored_and_a_store_that_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*SHORT, "reconstruction=none"]
+    digests = []
+    for name, place in (("put", "synthesis.store.SampleStore.put"), ("full", "run.save_student"), ("whole", None)):
+        folder = tmp_path / name
+        cfg = composed(overrides, folder)
+        if name == "full":
+            (folder / "store").touch()  # a file where the folder should be
+        if place is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(place, kill)
+                with pytest.raises(KeyboardInterrupt):
+                    run_job(cfg)
+            cfg.resume = str(folder)
+        Steps.taken = {}
+        run_job(cfg)
+        assert Steps.taken == ({} if place else {"synthesis": 2})
+        assert not list((folder / "checkpoints").iterdir())
+        digests.append(json.loads((folder / "record.json").read_text())["images"]["digest"])
+    assert len(set(digests)) == 1
+
+
+def test_a_reconstruction_outlives_a_kill_before_the_student_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, before = composed(SHORT, tmp_path), tmp_path / "before.safetensors"
+
+    def save_elsewhere(student: torch.nn.Module, path: Path, identity: dict[str, str]) -> None:
+        save_student(student, before, identity)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run.save_student", save_elsewhere)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(cfg)
+    cfg.resume = str(tmp_path)
+    Steps.taken = {}
+    run_job(cfg)
+    assert Steps.taken == {}
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert same(load_file(before), student(tmp_path))
 
 
 def test_shared_synthesis_makes_the_same_images_and_goes_on_when_killed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,18 @@ def test_checkpoints_hold_no_weights_of_the_network(network: CifarResNet, tmp_pa
     run.save_checkpoint(tmp_path / "end.ckpt")
     keys = torch.load(tmp_path / "end.ckpt", weights_only=False)["state_dict"].keys()
     assert not any("conv" in key for key in keys)
+
+
+def test_checkpoints_hold_the_finished_images_and_no_others(network: CifarResNet, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    whole = build(network)
+    trainer(whole, callbacks=[checkpoint], enable_checkpointing=True).fit(whole)
+    for step, finished in ((5, 0), (10, 4), (15, 8)):
+        file = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert torch.equal(file["finished_images"], whole.images[:finished])
+        stored = [*file["state_dict"].values(), file["finished_images"]]
+        pixels = [t for t in stored if t.shape[1:] == SIZE]
+        assert sum(t.untyped_storage().nbytes() for t in pixels) == 4 * (finished + 4) * math.prod(SIZE)
 
 
 def test_network_is_left_as_it_was(network: CifarResNet) -> None:

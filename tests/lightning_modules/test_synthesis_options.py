@@ -30,7 +30,9 @@ def network() -> CifarResNet:
     return network.eval()
 
 
-def made(network: CifarResNet, preset: str, *, precision: Any = "32-true", **changes: Any) -> GeneratorModule:
+def made(
+    network: CifarResNet, preset: str, *, precision: Any = "32-true", accelerator: str = "cpu", **changes: Any
+) -> GeneratorModule:
     cfg = OmegaConf.load(CONF / f"{preset}.yaml")
     assert not isinstance(cfg, list)
     cfg = OmegaConf.merge(cfg, {"batch_size": 4, "steps": 6, "schedule": None})
@@ -39,7 +41,7 @@ def made(network: CifarResNet, preset: str, *, precision: Any = "32-true", **cha
     )
     trainer = pl.Trainer(
         max_epochs=module.batches,
-        accelerator="cpu",
+        accelerator=accelerator,
         precision=precision,
         logger=False,
         enable_checkpointing=False,
@@ -92,13 +94,27 @@ def test_bfloat16_ends_at_a_loss_within_five_per_cent(network: CifarResNet) -> N
     assert losses[1] != losses[0]
 
 
-def test_what_is_optimised_does_not_grow_with_the_number_of_images(network: CifarResNet) -> None:
-    """Beside the finished images themselves, which are kept, memory is that of one batch."""
+def test_what_is_on_the_device_does_not_grow_with_the_number_of_images(network: CifarResNet) -> None:
+    """Parameters, buffers and optimizer state are those of one batch; finished images stay on the CPU."""
 
     def held(count: int) -> int:
         module = made(network, "zeroq", count=count, steps=1)
         state = [t for group in module.optimizers().state.values() for t in group.values() if torch.is_tensor(t)]  # type: ignore[union-attr]
-        tensors = {id(t): t for t in (*module.parameters(), *module.buffers(), *state)}
-        return sum(t.numel() for t in tensors.values() if t is not module.images)
+        moved = {id(t): t for t in (*module.parameters(), *module.buffers(), *state)}
+        assert module.to("meta").images.device == torch.device("cpu")  # whatever the module moves to
+        assert module.images.isfinite().all()
+        return sum(t.numel() for t in moved.values())
 
     assert held(4) == held(20)
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_the_device_does_not_grow_with_the_number_of_images(network: CifarResNet) -> None:
+    def peak(count: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        made(network, "zeroq", accelerator="gpu", count=count, steps=2)
+        return torch.cuda.max_memory_allocated()
+
+    peak(4)  # whatever the libraries allocate once
+    assert peak(400) - peak(4) < 64 * 1024  # the further images themselves are 304,128 bytes

@@ -1,17 +1,21 @@
-"""The store: keyed by meaning, whole files only, damage noticed, concurrent jobs make once."""
+"""The store: keyed by meaning, whole files only, damage noticed, concurrent jobs make once, nothing made is lost."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import resource
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from synthesis.store import SampleStore
@@ -72,6 +76,63 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.equal(store.get(RECIPE), IMAGES)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 1 KiB: enough for a lock, too little for images; what Linux then says is EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_costs_no_finished_work_and_leaves_no_half_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, images = SampleStore(tmp_path), torch.rand(4, 3, 16, 16)
+    with pytest.raises((OSError, SafetensorError)):
+        store.put(RECIPE, images)
+    assert torch.equal(store.get_or_make(RECIPE, lambda: images), images)
+    assert f"{tmp_path} cannot be written to" in caplog.text
+    assert "choose another folder with paths.store" in caplog.text
+    made: list[int] = []
+
+    def make(part: int) -> Tensor:
+        made.append(part)
+        return images[2 * part : 2 * part + 2]
+
+    assert torch.equal(store.get_or_gather(RECIPE, 2, make), images)
+    assert made == [0, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_fit_are_kept_where_the_whole_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SampleStore(tmp_path)
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if len(tensors["images"]) > 1:
+            raise SafetensorError("No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("synthesis.store.save_file", save)
+    assert torch.equal(store.get_or_gather(RECIPE, 2, lambda part: IMAGES[part : part + 1]), IMAGES)
+    assert store.get(RECIPE) is None
+    monkeypatch.undo()
+    assert torch.equal(store.get_or_gather(RECIPE, 2, lambda part: pytest.fail("made again")), IMAGES)
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(RECIPE).name]
+
+
+def test_a_folder_that_cannot_be_makes_no_lock_and_costs_no_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    store = SampleStore(tmp_path / "file" / "store")
+    assert torch.equal(store.get_or_make(RECIPE, lambda: IMAGES), IMAGES)
+    assert torch.equal(store.get_or_gather(RECIPE, 2, lambda part: IMAGES[part : part + 1]), IMAGES)
+    assert "no lock" in caplog.text
+    assert "cannot be written to" in caplog.text
+
+
 def test_failed_making_releases_the_lock(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, patience=1)
 
@@ -128,7 +189,7 @@ def test_processes_make_once(tmp_path: Path) -> None:
 
 def test_waiting_too_long_names_the_lock(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, patience=0.1)
-    with store._locked(RECIPE), pytest.raises(TimeoutError, match="delete the lock file"):
+    with store._lease(RECIPE).held(1), pytest.raises(TimeoutError, match="delete the lock file"):
         SampleStore(tmp_path, patience=0.1).get_or_make(RECIPE, lambda: IMAGES)
 
 
@@ -184,5 +245,48 @@ def test_parts_of_a_killed_job_are_kept_and_damaged_ones_made_again(tmp_path: Pa
 def test_waiting_too_long_for_a_part_names_its_lock(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, patience=0.1)
     part = {**RECIPE, "part": 0}
-    with store._locked(part), pytest.raises(TimeoutError, match="delete the lock file"):
+    with store._lease(part).held(1), pytest.raises(TimeoutError, match="delete the lock file"):
         store.get_or_gather(RECIPE, 1, lambda _: IMAGES)
+
+
+def test_a_job_that_is_overtaken_makes_nothing_twice_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    made: list[tuple[str, int]] = []
+
+    def make(name: str) -> Callable[[int], Tensor]:
+        def one(part: int) -> Tensor:
+            made.append((name, part))
+            return IMAGES[part : part + 1]
+
+        return one
+
+    class Overtaken(SampleStore):
+        """Another job begins and ends when this one has just seen that the whole is missing."""
+
+        begun = False
+
+        def get(self, recipe: Mapping[str, Any]) -> Tensor | None:
+            found = super().get(recipe)
+            if not self.begun:
+                self.begun = True
+                SampleStore(tmp_path).get_or_gather(RECIPE, 2, make("other"))
+            return found
+
+    assert torch.equal(Overtaken(tmp_path).get_or_gather(RECIPE, 2, make("overtaken")), IMAGES)
+    assert made == [("other", 0), ("other", 1)]
+    assert [path.name for path in tmp_path.iterdir()] == [SampleStore(tmp_path).path(RECIPE).name]
+
+
+def test_a_damaged_whole_is_gathered_again(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path)
+    store.put(RECIPE, IMAGES)
+    store.path(RECIPE).write_bytes(b"damaged")
+    assert torch.equal(store.get_or_gather(RECIPE, 2, lambda part: IMAGES[part : part + 1] + 1), IMAGES + 1)
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(RECIPE).name]
+
+
+def test_a_part_that_fails_to_be_made_in_time_is_no_part_that_another_job_makes(tmp_path: Path) -> None:
+    def make(part: int) -> Tensor:
+        raise TimeoutError("a download took too long")
+
+    with pytest.raises(TimeoutError, match="a download took too long"):
+        SampleStore(tmp_path, patience=1).get_or_gather(RECIPE, 1, make)
