@@ -79,7 +79,11 @@ class OBQ(Quantizer):
         flat = [t.flatten(0, 1) for t in problem]
         chunk = max(1, ELEMENTS // inverse[0].numel())
         parts = [
-            obq(Rows(*(t[start : start + chunk] for t in flat)), inverse[group[start : start + chunk]], self.outliers_first)
+            obq(
+                Rows(*(t[start : start + chunk] for t in flat)),
+                inverse[group[start : start + chunk]],
+                self.outliers_first,
+            )
             for start in range(0, len(weight), chunk)
         ]
         self.rounded.copy_(torch.cat(parts).reshape(weight.shape))
@@ -111,7 +115,9 @@ def obq(problem: Rows, inverse: Tensor, outliers_first: bool) -> Tensor:
         W -= error.gather(1, p) / pivot * column
         inverse.baddbmm_((column / pivot).unsqueeze(2), column.unsqueeze(1), alpha=-1.0)
         done.scatter_(1, p, True)
-        inverse.masked_fill_(done.unsqueeze(1), 0.0).masked_fill_(done.unsqueeze(2), 0.0)
+        row = torch.arange(len(W), device=W.device)
+        inverse[row, p.squeeze(1)] = 0.0  # exactly, so that nothing reaches a finished weight
+        inverse[row, :, p.squeeze(1)] = 0.0
         finished += 1
         if 4 * finished > W.shape[1]:  # drop what is finished: the work left shrinks with the square of its columns
             left = done.int().argsort(dim=1, stable=True)[:, :-finished]

@@ -120,17 +120,17 @@ def test_a_step_of_the_one_adam_is_a_projected_step_of_sign_sgd() -> None:
     V, alpha = quantizer.V.detach().clone(), quantizer.alpha.detach().clone()
     generator = torch.Generator().manual_seed(0)
     for t in range(steps):
-        magnitudes = 10.0 ** torch.randint(-10, 5, V.shape, generator=generator)
+        magnitudes = 10.0 ** torch.randint(-6, 5, V.shape, generator=generator)
         gradients = [magnitudes * torch.randn(V.shape, generator=generator), torch.randn(alpha.shape)]
         quantizer.V.grad, quantizer.alpha.grad = (g.clone() for g in gradients)
         optimizer.step()
         schedule.step()
         V = (V - 0.2 * (1 - t / steps) * gradients[0].sign()).clamp(-0.5, 0.5)
         alpha = (alpha - 5e-3 * (1 - t / steps) * gradients[1].sign()).clamp(1e-3, 1.0)
-        torch.testing.assert_close(quantizer.V.detach(), V, rtol=0, atol=1e-4)
+        torch.testing.assert_close(quantizer.V.detach(), V, rtol=0, atol=1e-5)
         torch.testing.assert_close(quantizer.alpha.detach(), alpha)
-    assert float(quantizer.V.abs().max()) == 0.5
-    assert float(quantizer.alpha.max()) == 1.0
+    assert float(quantizer.V.detach().abs().max()) == 0.5
+    assert float(quantizer.alpha.detach().max()) == 1.0
 
 
 @pytest.mark.parametrize("gradient", [0.0, 1e-45, 1e-38, 1e-23, 1e-20, 1e-19, 1e-15, 1e15])
@@ -140,7 +140,7 @@ def test_no_gradient_however_small_moves_further_than_a_sign(gradient: float) ->
     optimizer = torch.optim.Adam([group], lr=0.01)
     quantizer.V.grad = torch.full_like(quantizer.V, gradient)
     optimizer.step()
-    assert float(quantizer.V.abs().max()) <= 0.01 * (1 + 1e-6)
+    assert float(quantizer.V.detach().abs().max()) <= 0.01 * (1 + 1e-6)
     assert bool(torch.isfinite(quantizer.V).all())
 
 
