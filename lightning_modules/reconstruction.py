@@ -113,8 +113,8 @@ def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:
         kind = type(layer.weight_quantizer).__name__
         if isinstance(layer.weight_quantizer, ClosedForm) and phases != "closed_form":
             raise ValueError(
-                f"phases: expected 'closed_form' for {kind}, whose roundings are solved and not learned, got {phases!r} "
-                f"(layer {path!r}); add reconstruction=closed_form, or choose weight=nearest"
+                f"phases: expected 'closed_form' for {kind}, whose roundings are solved and not learned, got "
+                f"{phases!r} (layer {path!r}); add reconstruction=closed_form, or choose weight=nearest"
             )
         if not isinstance(layer.weight_quantizer, ClosedForm) and phases == "closed_form":
             raise ValueError(

@@ -113,8 +113,8 @@ class Quantizer(nn.Module, ABC):
         """Optimiser groups with keys `params`, `lr`, `anneal` ("constant", "cosine" or "linear") and `kind`
         ("rounding", "scale" or "weight"); empty if nothing is learned. Read after the range was set.
 
-        A group may also state Adam's `betas` and `eps`, and `bounds`, the interval that its parameters are projected
-        onto after each step.
+        A group may also state Adam's `betas` and `eps`; `bounds`, the interval that its parameters are projected onto
+        after each step; and `over_steps`: true where `lr` is to be divided by the number of steps.
         """
         return []
 

@@ -97,7 +97,7 @@ class LSQPlus(Quantizer):
         return _LearnedStepAndOffset.apply(x, self.step(), self.zero_point, self.grid, gradient_scale)  # pyright: ignore[reportReturnType]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The scale at `lr`, and the zero point such that the offset moves by `offset_lr`; both annealed by a cosine."""
+        """The scale at `lr`, and the zero point such that the offset moves by `offset_lr`; annealed by a cosine."""
         scale = self.step().item()
         unit = scale if self.relative else 1.0
         rates = [(self.scale, self.lr * unit)]

@@ -1,9 +1,9 @@
 """OBQ: rounds a row's weights one after the other, the cheapest next, each error made good by all that are left.
 
 Frantar and Alistarh, "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
-NeurIPS 2022, arXiv 2208.11580, eq. 7 and algorithm 3. Time grows with rows x K^3 and memory with K^2 for each row worked
-on, so this is for small layers; `gptq` is its fast relative with one order for all rows. As there, each group of a
-convolution has a Hessian of its own, and weights of inputs that are always zero are rounded to nearest.
+NeurIPS 2022, arXiv 2208.11580, eq. 7 and algorithm 3. Time grows with rows x K^3 and memory with K^2 for each row
+worked on, so this is for small layers; `gptq` is its fast relative with one order for all rows. As there, each group of
+a convolution has a Hessian of its own, and weights of inputs that are always zero are rounded to nearest.
 """
 
 from __future__ import annotations

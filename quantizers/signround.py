@@ -2,7 +2,8 @@
 
 Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", arXiv 2309.05516,
 eq. 3-5. The learned ends of the clip range are multipliers of those that `range` chooses; on a symmetric grid they
-share one. The multipliers end at 1e-3 instead of 0, where the scale would be zero.
+share one. We deviate in two places. The multipliers end at 1e-3 instead of 0, where the scale would be zero. The values
+of the last step are kept, since the rates fall to zero, not those of the step whose batch had the least loss.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class SignRound(Quantizer):
         channel_axis: axis with a scale of its own per index; None for one scale.
         symmetric: whether the zero point is fixed at 0.
         range: how the first scale and zero point are chosen.
-        lr: learning rate of V; the sum of all rates is how far a weight can move, in steps.
-        clip_lr: learning rate of alpha and beta.
+        lr: learning rate of V times the number of steps: falling linearly, V can go half as far in all.
+        clip_lr: learning rate of alpha and beta times the number of steps.
         learn_clip: whether they are learned.
     """
 
@@ -50,8 +51,8 @@ class SignRound(Quantizer):
         channel_axis: int | None = 0,
         symmetric: bool = False,
         range: Range,
-        lr: float = 5e-3,
-        clip_lr: float = 5e-3,
+        lr: float = 1.0,
+        clip_lr: float = 1.0,
         learn_clip: bool = True,
     ) -> None:
         super().__init__(weight_grid(bits, symmetric=symmetric), range, weight=weight, channel_axis=channel_axis)
@@ -97,7 +98,7 @@ class SignRound(Quantizer):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """V at `lr`, alpha and beta at `clip_lr`, for signed gradients and projected."""
-        sign_sgd = {"anneal": "linear", **SIGN_SGD}
+        sign_sgd = {"anneal": "linear", "over_steps": True, **SIGN_SGD}
         groups = [{"params": [self.V], "lr": self.lr, "kind": "rounding", "bounds": SHIFT, **sign_sgd}]
         ends = [p for p in (self.alpha, self.beta) if p is not None and p.requires_grad]
         if ends:

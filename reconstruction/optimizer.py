@@ -54,6 +54,7 @@ def adam_for_all(
         learnables: of each unit.
         rates_stated_for: the number of steps that the quantizers' learning rates are meant for. With fewer steps they
             are raised in proportion, at most `LARGEST_RAISE` times, so that parameters can go as far; None: as stated.
+            Groups with `over_steps` state theirs for any number.
     """
     slots: list[Slot] = []
     for k, epoch in enumerate(epochs):
@@ -61,7 +62,8 @@ def adam_for_all(
         for group in learnables[epoch.unit].groups(epoch.phase):
             slot = _free_slot(slots, k, {name: group[name] for name in OPTIONS if name in group})
             slot.parameters.extend(group["params"])
-            slot.rates[k] = (raised * group["lr"], group["anneal"])
+            factor = 1 / epoch.iterations if group.get("over_steps") else raised
+            slot.rates[k] = (factor * group["lr"], group["anneal"])
     ends = list(accumulate(epoch.iterations for epoch in epochs))
 
     def rate(slot: Slot, step: int) -> float:

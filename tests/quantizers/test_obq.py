@@ -27,10 +27,10 @@ def greedy(weight: Tensor, quantizer: OBQ, H: Tensor, outliers_first: bool = Fal
             inverse = torch.linalg.inv(H[left][:, left])
             rounded = [min(max(round(w[q].item() / scale), low), high) for q in left]
             errors = [w[q].item() - k * scale for q, k in zip(left, rounded, strict=True)]
-            i = min(range(len(left)), key=lambda i: errors[i] ** 2 / inverse[i, i].item())  # noqa: B023
+            i = min(range(len(left)), key=lambda i: errors[i] ** 2 / inverse[i, i].item())
             outside = [i for i, e in enumerate(errors) if abs(e) > 0.5 * scale * (1 + 1e-8)]
             if outliers_first and outside:
-                i = max(outside, key=lambda i: abs(errors[i]))  # noqa: B023
+                i = max(outside, key=lambda i: abs(errors[i]))
             w[left] -= errors[i] / inverse[i, i] * inverse[:, i]
             result[r, left[i]] = rounded[i]
             order.append(left.pop(i))
@@ -83,7 +83,7 @@ def test_two_weights_are_the_exact_optimum_where_theory_says_so(seed: int) -> No
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_output_is_off_less_than_with_rounding_to_nearest_and_with_one_order(bits: int) -> None:
-    totals = {kind: 0.0 for kind in (Nearest, GPTQ, OBQ)}
+    totals = dict.fromkeys((Nearest, GPTQ, OBQ), 0.0)
     for seed in range(4):
         weight, H = a_weight(16, 40, seed=seed), a_hessian(1, 40, seed=seed)
         for kind in totals:

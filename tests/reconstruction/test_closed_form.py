@@ -237,7 +237,7 @@ def test_a_layer_that_runs_twice_is_solved_once_on_its_first_inputs() -> None:
 
 def test_roundings_and_phases_that_do_not_go_together_are_refused() -> None:
     x = images(4)
-    with pytest.raises(ValueError, match="expects a rounding that can be solved for.*got AdaRound"):
+    with pytest.raises(ValueError, match=r"expects a rounding that can be solved for.*got AdaRound"):
         solved(student_of(resnet8(), x), x)
     for phases in ("joint", "weights_then_activations", "none"):
         with pytest.raises(ValueError, match=f"expected 'closed_form' for GPTQ.*got '{phases}'"):
