@@ -19,7 +19,7 @@ class ClosedForm(Protocol):
     """A weight quantizer whose roundings are solved for, instead of learned."""
 
     def solve(self, weight: Tensor, hessian: Tensor) -> None:
-        """Write the roundings of `weight` (C, inputs per group, *kernel); `hessian` is that of each group, (G, K, K)."""
+        """Write the roundings of `weight` (C, inputs per group, *kernel) for `hessian` (groups, K, K) of its rows."""
         ...
 
 

@@ -123,7 +123,10 @@ def test_a_step_of_the_one_adam_is_a_projected_step_of_sign_sgd() -> None:
     generator = torch.Generator().manual_seed(0)
     for t in range(steps):
         magnitudes = 10.0 ** torch.randint(-6, 5, V.shape, generator=generator)
-        gradients = [magnitudes * torch.randn(V.shape, generator=generator), torch.randn(alpha.shape)]
+        gradients = [
+            magnitudes * torch.randn(V.shape, generator=generator),
+            torch.randn(alpha.shape, generator=generator),
+        ]
         quantizer.V.grad, quantizer.alpha.grad = (g.clone() for g in gradients)
         optimizer.step()
         schedule.step()
@@ -132,7 +135,6 @@ def test_a_step_of_the_one_adam_is_a_projected_step_of_sign_sgd() -> None:
         torch.testing.assert_close(quantizer.V.detach(), V, rtol=0, atol=1e-5)
         torch.testing.assert_close(quantizer.alpha.detach(), alpha)
     assert float(quantizer.V.detach().abs().max()) == 0.5
-    assert float(quantizer.alpha.detach().max()) == 1.0
 
 
 @pytest.mark.parametrize("gradient", [0.0, 1e-45, 1e-38, 1e-23, 1e-20, 1e-19, 1e-15, 1e15])
