@@ -17,7 +17,7 @@ from quantizers.grid import weight_grid
 from quantizers.hessian import Rows, check_percdamp, cholesky, damped, rows_of
 from quantizers.ranges import Range
 
-ELEMENTS = 2**25  # of the inverse Hessians worked on at a time: 256 MiB
+ELEMENTS = 2**20  # of the inverse Hessians worked on at a time: 8 MiB stay in a CPU's cache
 
 
 class OBQ(Quantizer):
@@ -77,7 +77,8 @@ class OBQ(Quantizer):
         problem = rows_of(self, weight, len(inverse))
         group = torch.arange(len(weight), device=weight.device) // problem.weight.shape[1]
         flat = [t.flatten(0, 1) for t in problem]
-        chunk = max(1, ELEMENTS // inverse[0].numel())
+        elements = ELEMENTS if weight.device.type == "cpu" else 128 * ELEMENTS  # a GPU needs much work at a time
+        chunk = max(1, elements // inverse[0].numel())
         parts = [
             obq(
                 Rows(*(t[start : start + chunk] for t in flat)),
