@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -9,12 +10,17 @@ from torch import Tensor
 from datamodules.activations import UnitActivations
 from lightning_modules.block_reconstruction import BlockReconstructionModule
 from quantizers.convert import Conversion
+from quantizers.hessian import ClosedForm
+from quantizers.layer import quantized_layers
+from reconstruction.activations import ActivationCache
+from reconstruction.closed_form import solve_units
+from reconstruction.measurement import Measurement
 from reconstruction.memory import Residency
 from reconstruction.objectives import Normalization, Objective, PowerError, UnitLoss
-from reconstruction.partition import Granularity, partition
-from reconstruction.schedules import Phase
+from reconstruction.partition import Granularity, Unit, partition
+from reconstruction.schedules import Phase, seed_of
 
-Phases = Literal["joint", "weights_then_activations", "none"]
+Phases = Literal["joint", "weights_then_activations", "closed_form", "none"]
 Schedule = Literal["sequential", "parallel"]
 
 
@@ -43,7 +49,8 @@ def build_reconstruction(
 ) -> tuple[BlockReconstructionModule, UnitActivations]:
     """The module and its datamodule; the Trainer needs `module.trainer_arguments()`.
 
-    Where nothing is learned (`module.has_work` is false) the student is hardened here, and the stage is to be skipped.
+    Where nothing is learned (`module.has_work` is false) the student is hardened here, and the stage is to be skipped;
+    roundings in closed form are solved here too, and `module.results` has their rows.
 
     Args:
         conversion: student with calibrated ranges, and reference.
@@ -54,7 +61,8 @@ def build_reconstruction(
         schedule: "sequential": a unit reads what the quantized units before it give; "parallel": what the float ones
             give, so that units do not depend on each other.
         phases: "joint": weights and activation steps together; "weights_then_activations": the weights of all units
-            with float activations, then the activation steps of all units; "none": nothing is learned.
+            with float activations, then the activation steps of all units; "closed_form": roundings that are solved
+            for (GPTQ, OBQ), unit by unit, activation steps as calibrated; "none": nothing is learned.
         iterations: steps per unit for the weights, or jointly.
         activation_iterations: steps per unit of the second phase; None: a quarter of `iterations`, as BRECQ.
         batch_size: images per step.
@@ -70,18 +78,21 @@ def build_reconstruction(
         share: (i, n): the i-th of n shares of the units, with schedule "parallel".
 
     Raises:
-        ValueError: if a choice is unknown or a number out of its range.
+        ValueError: if a choice is unknown or a number out of its range, or if roundings that are solved in closed form
+            meet other phases, or the other way round.
     """
     second = max(1, iterations // 4) if activation_iterations is None else activation_iterations
     plans: dict[str, list[tuple[Phase, int]]] = {
         "joint": [("joint", iterations)],
         "weights_then_activations": [("weights", iterations), ("activations", second)],
+        "closed_form": [],
         "none": [],
     }
     if phases not in plans:
         raise ValueError(f"phases: expected one of {get_args(Phases)}, got {phases!r}")
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}")
+    _expect_a_rounding_for(phases, conversion)
     units = partition(conversion.reference, granularity, merges=merges)
     module = BlockReconstructionModule(
         conversion.student,
@@ -96,9 +107,45 @@ def build_reconstruction(
         parallel=schedule == "parallel",
         share=share,
     )
+    if phases == "closed_form":
+        cache = _cache(conversion, units, images, residency=residency, batch_size=forward_batch_size)
+        measurement = Measurement(module.loss, len(images), holdout, seed=seed_of(seed, "holdout"))
+        module.results = solve_units(cache, measurement)
     if not module.has_work and share == (0, 1):
         module.harden()
     datamodule = UnitActivations(
         conversion.reference, units, images, residency=residency, batch_size=forward_batch_size, holdout=holdout
     )
     return module, datamodule
+
+
+def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:
+    """Refuse roundings that the phases would leave at the nearest, so that no result bears the wrong name."""
+    for path, layer in quantized_layers(conversion.student):
+        kind = type(layer.weight_quantizer).__name__
+        if isinstance(layer.weight_quantizer, ClosedForm) and phases != "closed_form":
+            raise ValueError(
+                f"phases: expected 'closed_form' for {kind}, whose roundings are solved and not learned, got "
+                f"{phases!r} (layer {path!r}); add reconstruction=closed_form, or choose weight=nearest"
+            )
+        if not isinstance(layer.weight_quantizer, ClosedForm) and phases == "closed_form":
+            raise ValueError(
+                f"phases: 'closed_form' expects a rounding that can be solved for, such as weight=gptq or weight=obq, "
+                f"got {kind} (layer {path!r}); choose one of these, or another reconstruction"
+            )
+
+
+def _cache(
+    conversion: Conversion, units: Sequence[Unit], images: Tensor, *, residency: Residency, batch_size: int
+) -> ActivationCache:
+    student, reference = conversion.student, conversion.reference
+    device = next((t.device for t in (*student.parameters(), *student.buffers())), images.device)
+    return ActivationCache(
+        reference.to(device),
+        student,
+        units=units,
+        images=images,
+        residency=residency,
+        batch_size=batch_size,
+        device=device,
+    )

@@ -74,7 +74,12 @@ def multiples(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tenso
     Differentiable with respect to `x`, `scale` and (through the clipped elements) `zero_point`; the gradient with
     respect to `x` is zero where the rounded element was clipped. Times `scale` it is the fake-quantized tensor.
     """
-    return _ClippedRounding.apply(x / scale, grid.low - zero_point, grid.high - zero_point)  # pyright: ignore[reportReturnType]
+    return rounded_positions(x / scale, zero_point, grid)
+
+
+def rounded_positions(position: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """`multiples` of elements that are given in steps from zero."""
+    return _ClippedRounding.apply(position, grid.low - zero_point, grid.high - zero_point)  # pyright: ignore[reportReturnType]
 
 
 def from_bounds(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -110,8 +110,11 @@ class Quantizer(nn.Module, ABC):
         self.zero_point.copy_(zero_point.flatten().expand(self.scale.numel()).view_as(self.scale))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups with keys `params`, `lr`, `anneal` ("constant" or "cosine") and `kind`
+        """Optimiser groups with keys `params`, `lr`, `anneal` ("constant", "cosine" or "linear") and `kind`
         ("rounding", "scale" or "weight"); empty if nothing is learned. Read after the range was set.
+
+        A group may also state Adam's `betas` and `eps`; `bounds`, the interval that its parameters are projected onto
+        after each step; and `over_steps`: true where `lr` is to be divided by the number of steps.
         """
         return []
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,16 @@ from reconstruction.learnables import Learnables
 from reconstruction.schedules import Epoch, Phase, anneal
 
 LARGEST_RAISE = 50.0
+OPTIONS = ("betas", "eps", "bounds")  # what a quantizer's group may state besides its rate
+
+
+@dataclass
+class Slot:
+    """One group of the optimiser: the parameters of all units that share its `options`, and a rate for each epoch."""
+
+    options: dict[str, Any]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    rates: dict[int, tuple[float, str]] = field(default_factory=dict)  # epoch -> (lr, anneal)
 
 
 def plan(iterations: Sequence[tuple[Phase, int]], learnables: Sequence[Learnables]) -> list[Epoch]:
@@ -33,32 +45,55 @@ def adam_for_all(
 
     Adam counts steps per parameter and skips parameters without gradient, so each unit starts afresh. Group j of the
     optimiser holds the j-th group of every unit, and its rate is that of the unit in work: an optimiser step costs
-    time for each group, also for those without gradients, so there are only as many as the largest unit has.
+    time for each group, also for those without gradients, so there are only as many as the largest unit has. Groups
+    with other `betas`, `eps` or `bounds` are counted apart. After each step parameters are projected onto the `bounds`
+    of their group.
 
     Args:
         epochs: in the order in which they are trained; the schedule counts optimiser steps.
         learnables: of each unit.
         rates_stated_for: the number of steps that the quantizers' learning rates are meant for. With fewer steps they
             are raised in proportion, at most `LARGEST_RAISE` times, so that parameters can go as far; None: as stated.
+            Groups with `over_steps` state theirs for any number.
     """
-    slots: list[list[nn.Parameter]] = []
-    rates: list[list[tuple[float, str]]] = []  # [epoch][slot]
-    for epoch in epochs:
-        groups = learnables[epoch.unit].groups(epoch.phase)
-        slots += [[] for _ in range(len(groups) - len(slots))]
-        for slot, group in zip(slots, groups, strict=False):
-            slot.extend(group["params"])
+    slots: list[Slot] = []
+    for k, epoch in enumerate(epochs):
         raised = 1.0 if rates_stated_for is None else min(LARGEST_RAISE, max(1.0, rates_stated_for / epoch.iterations))
-        rates.append([(raised * group["lr"], group["anneal"]) for group in groups])
+        for group in learnables[epoch.unit].groups(epoch.phase):
+            slot = _free_slot(slots, k, {name: group[name] for name in OPTIONS if name in group})
+            slot.parameters.extend(group["params"])
+            factor = 1 / epoch.iterations if group.get("over_steps") else raised
+            slot.rates[k] = (factor * group["lr"], group["anneal"])
     ends = list(accumulate(epoch.iterations for epoch in epochs))
 
-    def rate(slot: int, step: int) -> float:
+    def rate(slot: Slot, step: int) -> float:
         k = bisect_right(ends, step)
-        if k == len(ends) or slot >= len(rates[k]):
+        if k not in slot.rates:
             return 0.0
-        lr, kind = rates[k][slot]
+        lr, kind = slot.rates[k]
         iterations = epochs[k].iterations
         return lr * anneal(kind, step - ends[k] + iterations, iterations)
 
-    optimizer = torch.optim.Adam([{"params": slot, "lr": 1.0} for slot in slots])
-    return optimizer, LambdaLR(optimizer, [lambda step, slot=slot: rate(slot, step) for slot in range(len(slots))])
+    optimizer = torch.optim.Adam([{"params": slot.parameters, "lr": 1.0, **slot.options} for slot in slots])
+    if any("bounds" in slot.options for slot in slots):
+        optimizer.register_step_post_hook(_project)
+    return optimizer, LambdaLR(optimizer, [lambda step, slot=slot: rate(slot, step) for slot in slots])
+
+
+def _free_slot(slots: list[Slot], epoch: int, options: dict[str, Any]) -> Slot:
+    """The first slot with these options that this epoch does not use yet, or a new one behind the others."""
+    for slot in slots:
+        if slot.options == options and epoch not in slot.rates:
+            return slot
+    slots.append(Slot(options))
+    return slots[-1]
+
+
+@torch.no_grad()
+def _project(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Put every parameter that has just moved back between the bounds of its group."""
+    for group in optimizer.param_groups:
+        if "bounds" in group:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.clamp_(*group["bounds"])

@@ -67,16 +67,18 @@ def index_batches(
 
 
 def anneal(kind: str, step: int, steps: int) -> float:
-    """Factor on the learning rate at `step` of `steps`: "constant", or "cosine" from 1 towards 0.
+    """Factor on the learning rate at `step` of `steps`: "constant", or "cosine" or "linear" from 1 towards 0.
 
     Raises:
-        ValueError: if `kind` is neither.
+        ValueError: if `kind` is none of these.
     """
     if kind == "constant":
         return 1.0
     if kind == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * step / steps))
-    raise ValueError(f"anneal: expected 'constant' or 'cosine', got {kind!r}")
+    if kind == "linear":
+        return 1.0 - step / steps
+    raise ValueError(f"anneal: expected 'constant', 'cosine' or 'linear', got {kind!r}")
 
 
 def held_out(count: int, share: float, *, seed: int) -> tuple[Tensor, Tensor]:

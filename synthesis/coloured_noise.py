@@ -2,7 +2,7 @@
 
 Field, "Relations between the statistics of natural images and the response properties of cortical cells", JOSA A 4,
 1987: the amplitude of natural images falls as 1/f. Ruderman, Cronin, Chiao, "Statistics of cone responses to natural
-images", JOSA A 15, 1998: their colours vary mostly along luminance. Both hold for photographs in general, so that nothing
+images", JOSA A 15, 1998: their colours vary mostly along luminance. Both hold for photographs in general, so nothing
 is known of a data set; white noise, the usual control, has neither.
 """
 

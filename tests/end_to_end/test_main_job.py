@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,14 +11,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deployment.student_file import save_student
 from lightning_modules.job import Job
+from quantizers.hessian import ClosedForm
 from run import run_job
-from tests.configuration import SMALL, composed, options
+from tests.configuration import CONF, SMALL, composed, options
 
 
 class Kill(pl.Callback):
@@ -40,6 +43,12 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def choose(weight: str) -> list[str]:
+    """Overrides that choose a rounding, and the reconstruction that it needs where it is solved in closed form."""
+    solved = issubclass(get_class(OmegaConf.load(CONF / "weight" / f"{weight}.yaml")["_target_"]), ClosedForm)
+    return [f"weight={weight}", *(["reconstruction=closed_form"] if solved else [])]
 
 
 def test_leaves_record_student_images_and_tables(tmp_path: Path) -> None:
@@ -69,6 +78,20 @@ def test_real_images_are_listed(tmp_path: Path) -> None:
     assert facts["data_free"] is False
     assert [entry["stage"] for entry in facts["real_data"]] == ["calibration", "evaluation"]
     assert len(facts["images"]["files"]) == 8
+
+
+def test_roundings_in_closed_form(tmp_path: Path) -> None:
+    metrics = run_job(composed([*SMALL, *choose("gptq"), "activation=fixed"], tmp_path))
+    rows = list(csv.DictReader((tmp_path / "units.csv").read_text().splitlines()))
+    assert rows
+    assert all(row["phase"] == "closed_form" for row in rows)
+    assert sum(float(row["error_hard"]) for row in rows) < sum(float(row["error_nearest"]) for row in rows)
+    assert {"test/float/top1", "test/nearest/top1", "test/quantized/top1"} <= set(metrics)
+
+
+def test_roundings_to_be_solved_name_the_reconstruction_they_need(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="add reconstruction=closed_form"):
+        run_job(composed([*SMALL, "weight=gptq"], tmp_path))
 
 
 NO_IMAGES = [option for option in SMALL if not option.startswith("calibration.count")]
@@ -333,15 +356,14 @@ def test_tensorboard_carries_the_metrics(tmp_path: Path) -> None:
     assert event.value == pytest.approx(metrics["test/quantized/top1"])
 
 
-@pytest.mark.parametrize("weight", options("weight"))
+@pytest.mark.parametrize("weight", [option for option in options("weight") if option != "squant"])  # flips at once
 def test_nearest_is_rounded_to_nearest_whatever_is_learned(weight: str, tmp_path: Path) -> None:
-    ranges = "weight.range._target_=quantizers.ranges.MinMax"
-    same_range = [ranges, "~weight.range.p", "~weight.range.steps", "~weight.range.smallest"]
+    searched = OmegaConf.load(CONF / "weight" / f"{weight}.yaml")["range"]
+    same_range = ["weight.range._target_=quantizers.ranges.MinMax"]
+    same_range += [f"~weight.range.{key}" for key in searched if key != "_target_"]
     small = [*SMALL, "calibration=noise", "bits=w2a4"]
-    learned = run_job(
-        composed([*small, f"weight={weight}", *(same_range if weight != "adaquant" else [ranges])], tmp_path)
-    )
-    plain = run_job(composed([*small, "weight=nearest", "reconstruction=none", *same_range], tmp_path))
+    learned = run_job(composed([*small, *choose(weight), *same_range], tmp_path))
+    plain = run_job(composed([*small, "weight=nearest_minmax", "reconstruction=none"], tmp_path))
     assert learned["test/nearest/kl"] == plain["test/quantized/kl"] == plain["test/nearest/kl"]
 
 
@@ -371,10 +393,14 @@ def test_every_generator_runs(generator: str, tmp_path: Path) -> None:
     run_job(composed([*SMALL, f"generator={generator}", "calibration.count=20", "reconstruction=none"], tmp_path))
 
 
-@pytest.mark.parametrize("weight", options("weight"))
-@pytest.mark.parametrize("activation", options("activation"))
+# In closed form nothing is learned, so one activation shows what all would.
+PAIRS = [(w, a) for w in options("weight") for a in options("activation") if a == "fixed" or len(choose(w)) == 1]
+
+
+@pytest.mark.parametrize(("weight", "activation"), PAIRS)
 def test_every_quantizer_runs(weight: str, activation: str, tmp_path: Path) -> None:
-    metrics = run_job(composed([*SMALL, f"weight={weight}", f"activation={activation}", "calibration=noise"], tmp_path))
+    chosen = [*choose(weight), f"activation={activation}", "calibration=noise"]
+    metrics = run_job(composed([*SMALL, *chosen], tmp_path))
     assert 0 <= metrics["test/quantized/top1"] <= 100
 
 

@@ -15,12 +15,16 @@ from quantizers.adaround import AdaRound
 from quantizers.base import Quantizer
 from quantizers.flexround import FlexRound
 from quantizers.genie_m import GenieM
+from quantizers.gptq import GPTQ
 from quantizers.lsq import LSQ
+from quantizers.lsq_plus import LSQPlus
 from quantizers.nearest import Nearest, NearestActivation
+from quantizers.obq import OBQ
 from quantizers.ranges import LpSearch, MinMax, Percentile, Range
+from quantizers.signround import SignRound
 
-WEIGHT_METHODS = [Nearest, AdaRound, AdaQuant, GenieM, FlexRound]
-ACTIVATION_METHODS = [NearestActivation, LSQ]
+WEIGHT_METHODS = [Nearest, AdaRound, AdaQuant, GenieM, FlexRound, SignRound, GPTQ, OBQ]
+ACTIVATION_METHODS = [NearestActivation, LSQ, LSQPlus]
 RANGES = [MinMax(), Percentile(99.0), LpSearch(steps=20)]
 
 weights = st.builds(
@@ -150,8 +154,9 @@ def test_groups_hold_every_parameter_once(method: type) -> None:
     grouped = [p for group in quantizer.parameter_groups() for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(id(p) for p in quantizer.parameters() if p.requires_grad)
     for group in quantizer.parameter_groups():
-        assert set(group) == {"params", "lr", "anneal", "kind"}
+        assert set(group) >= {"params", "lr", "anneal", "kind"}
+        assert set(group) <= {"params", "lr", "anneal", "kind", "betas", "eps", "bounds", "over_steps"}
         assert group["kind"] in ("rounding", "scale", "weight")
-        assert group["anneal"] in ("constant", "cosine")
+        assert group["anneal"] in ("constant", "cosine", "linear")
         assert isinstance(group["lr"], float)
         assert group["lr"] > 0

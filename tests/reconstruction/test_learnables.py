@@ -8,6 +8,7 @@ import torch
 from quantizers.adaquant import AdaQuant
 from quantizers.genie_m import GenieM
 from quantizers.ranges import MinMax
+from quantizers.signround import SignRound
 from reconstruction.learnables import Learnables, learnables_of
 from reconstruction.optimizer import LARGEST_RAISE, adam_for_all
 from reconstruction.partition import partition
@@ -71,3 +72,26 @@ def test_rates_stated_for_more_steps_are_raised_in_proportion(stated: int | None
     raised, _ = adam_for_all(epochs, units, rates_stated_for=stated)
     for a, b in zip(plain.param_groups, raised.param_groups, strict=True):
         assert b["lr"] == pytest.approx(raise_by * a["lr"])
+
+
+def test_groups_with_other_options_have_slots_of_their_own() -> None:
+    """The last unit has no activation steps; its clip ends must not share a slot with those of the others."""
+    units = units_of(weight=partial(SignRound, range=MinMax()))
+    epochs = [Epoch("joint", k, 4) for k, unit in enumerate(units) if unit.groups("joint")]
+    optimizer, _ = adam_for_all(epochs, units)
+    kinds = [(group["betas"], group["eps"], group.get("bounds")) for group in optimizer.param_groups]
+    adam = ((0.9, 0.999), 1e-8, None)
+    assert sorted(map(str, kinds)) == sorted(
+        map(str, 2 * [((0.0, 0.0), 1e-15, (-0.5, 0.5)), ((0.0, 0.0), 1e-15, (1e-3, 1.0)), adam])
+    )
+    seen = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in seen}) == len(seen) == sum(len(unit.parameters("joint")) for unit in units)
+    for group, (_, eps, bounds) in zip(optimizer.param_groups, kinds, strict=True):
+        for parameter in group["params"]:
+            matching = [g for unit in units for g in unit.groups("joint") if any(p is parameter for p in g["params"])]
+            assert [(g.get("eps", 1e-8), g.get("bounds")) for g in matching] == [(eps, bounds)]
+    first = units[epochs[0].unit].groups("joint")
+    by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for group in first:
+        expected = group["lr"] / 4 if group.get("over_steps") else group["lr"]
+        assert all(by_id[id(p)] == pytest.approx(expected) for p in group["params"])

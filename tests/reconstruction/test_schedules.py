@@ -52,6 +52,7 @@ def test_cosine_is_torchs_own() -> None:
         optimizer.step()
         schedule.step()
     assert anneal("constant", 5, 7) == 1.0
+    assert [anneal("linear", step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     with pytest.raises(ValueError, match="anneal"):
         anneal("steps", 0, 1)
 
