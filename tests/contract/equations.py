@@ -81,7 +81,7 @@ def noise_slack(s: FirstStep) -> dict[str, tuple[float, float]]:
             gaps[path][0].extend((mean - mu).abs().tolist())
             gaps[path][1].extend(((var + 1e-6).sqrt() - (sigma2 + 1e-6).sqrt()).abs().tolist())
 
-    hooks = [m.register_forward_pre_hook(lambda _, x, path=path: keep(path, x[0])) for path, m in norms.items()]
+    hooks = [m.register_forward_pre_hook(lambda _, x, path=path: keep(str(path), x[0])) for path, m in norms.items()]
     for _ in range(NOISE // BATCH):
         network(torch.randn(BATCH, *s.images.shape[1:], generator=rng))
     for hook in hooks:

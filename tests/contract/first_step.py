@@ -55,7 +55,7 @@ def first_step(module: GeneratorModule, teacher: nn.Module, student: nn.Module) 
     """Train for one step; the last pass through a layer is the one that counts, earlier ones measured targets."""
     network, kept = module.alignment.network, {}
 
-    def keep(name: str, value: Tensor) -> None:
+    def keep(name: str, value: Any) -> None:
         kept.pop(name, None)
         kept[name] = value.detach().double()
 

@@ -55,6 +55,10 @@ class Published(NamedTuple):
         crops: whether IntraQ's crops and flips stand before the network.
         shifts: largest roll at 224 pixels in each stage, and how many steps the stage takes.
         low_pass: cut-off of the filter over finished images.
+        swing: pixels that strided convolutions are shifted by.
+        clamped: whether pixels are held in their valid range.
+        mixed: probability of superposed labels, and how many classes they mix.
+        fresh: whether labels are drawn anew for each step.
     """
 
     steps: int
@@ -65,14 +69,21 @@ class Published(NamedTuple):
     crops: bool = False
     shifts: tuple[tuple[int, int], ...] = ()
     low_pass: float | None = None
+    swing: int | None = None
+    clamped: bool = False
+    mixed: tuple[float, int] | None = None
+    fresh: bool = False
 
 
 ZEROQ = Published(500, 64, (plateau(0.5, 100),))
 INTRAQ = Published(1000, 256, (plateau(0.5, 50),), crops=True)
 HAST_CIFAR = INTRAQ._replace(crops=False)
-DEEPINVERSION = Published(3000, 64, (cosine(0.25, 2000, 1000),), betas=(0.5, 0.9), shifts=((15, 2000), (30, 1000)))
-GENIE = Published(4000, 128, (plateau(0.1, 100), exponential(0.01)), start=256)
-GDFQ = Published(80_000, 200, (staircase(1e-3),), betas=(0.5, 0.999), start=100)
+DEEPINVERSION = Published(
+    3000, 64, (cosine(0.25, 2000, 1000),), betas=(0.5, 0.9), shifts=((15, 2000), (30, 1000)), clamped=True
+)
+GENIE = Published(4000, 128, (plateau(0.1, 100), exponential(0.01)), start=256, swing=1)
+GDFQ = Published(80_000, 200, (staircase(1e-3),), betas=(0.5, 0.999), start=100, fresh=True)
+QIMERA = GDFQ._replace(start=512, mixed=(0.4, 2))
 
 PUBLISHED: dict[str, Published | None] = {
     "zeroq": ZEROQ,
@@ -81,7 +92,9 @@ PUBLISHED: dict[str, Published | None] = {
     "dsg_journal": Published(500, None, (plateau(0.9, 260),), start="uniform"),
     "deepinversion": DEEPINVERSION,
     "adaptive_deepinversion": DEEPINVERSION,
-    "deepinversion_cifar": Published(2000, 256, (cosine(0.1, 2000),), betas=(0.5, 0.9), shifts=((2, 2000),)),
+    "deepinversion_cifar": Published(
+        2000, 256, (cosine(0.1, 2000),), betas=(0.5, 0.9), shifts=((2, 2000),), clamped=True
+    ),
     "intraq": INTRAQ,
     "intraq_cifar10": INTRAQ,
     "intraq_cifar100": INTRAQ,
@@ -93,9 +106,9 @@ PUBLISHED: dict[str, Published | None] = {
     "calibrant": GENIE._replace(steps=1000, crops=True, low_pass=70.0),
     "gdfq": GDFQ,
     "gdfq_imagenet": GDFQ._replace(batch=16),
-    "qimera": GDFQ._replace(start=512),
-    "qimera_imagenet": GDFQ._replace(start=512, batch=16),
-    "gzsq": ZEROQ,  # nothing is stated; ZeroQ's
+    "qimera": QIMERA,
+    "qimera_imagenet": QIMERA._replace(batch=16, mixed=(0.4, 100)),  # of MobileNetV2
+    "gzsq": ZEROQ._replace(clamped=True),  # nothing is stated; ZeroQ's
     "propagated": Published(500, 64, (plateau(0.1, 100),)),
     "noise": None,
     "uniform_noise": None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ def gauss(bits: int) -> float:
         clipped = (a * a + 1) * (1 - erf(a / math.sqrt(2))) - a * math.exp(-a * a / 2) * math.sqrt(2 / math.pi)
         return float(clipped) + a * a / (3 * 4**bits)
 
-    return float(minimize_scalar(error, bounds=(0.5, 8), method="bounded", options={"xatol": 1e-6}).x)
+    found: Any = minimize_scalar(error, bounds=(0.5, 8), method="bounded", options={"xatol": 1e-6})
+    return float(found.x)
 
 
 def half_width(distribution: Distribution, bits: int, low: float = -math.inf) -> float:

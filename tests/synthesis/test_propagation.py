@@ -121,7 +121,8 @@ class Mixed(nn.Module):
 
 def against_a_sample(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return, for each convolution, the error of its means in deviations and the ratio of deviations, (C,)."""
-    found = propagate(network.eval(), (CHANNELS, *images.shape[2:]), PRIOR)
+    height, width = images.shape[2:]
+    found = propagate(network.eval(), (CHANNELS, height, width), PRIOR)
     outputs: dict[str, Tensor] = {}
     for name in found:
         network.get_submodule(name).register_forward_hook(
