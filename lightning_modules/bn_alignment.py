@@ -50,7 +50,8 @@ class BNAlignmentModule(pl.LightningModule):
         probe: how moments are taken.
         criterion: how far apart statistics are.
         layer_weights: how much each layer counts.
-        input_weight: of the same criterion on the images themselves against N(0, 1), without slack; 0 for none.
+        input_weight: of the same criterion on the images themselves against what `targets` expects of them, N(0, 1) as
+            a rule, without slack; 0 for none.
 
     Raises:
         ValueError: if the network has no such layers.
@@ -114,7 +115,8 @@ class BNAlignmentModule(pl.LightningModule):
                 for name, value in zip(columns, (*goal, *target.slack), strict=True):
                     columns[name].append(value.expand_as(goal.mean))
             one = torch.ones(self.sizes[-1], device=device_of(self.network))
-            goal = self.probe.statistics(Moments(0 * one, one))
+            wanted = self.targets.input_moments()
+            goal = self.probe.statistics(Moments(*(one * value.to(one.device) for value in wanted)))
             for name, value in zip(columns, (*goal, 0 * one, 0 * one), strict=True):
                 self.get_buffer(name).copy_(torch.cat([*columns[name], value]))
             self.get_buffer("prepared").fill_(True)

@@ -6,6 +6,7 @@ generator exponentially. Everything is a function of the step and, on a plateau,
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -120,7 +121,7 @@ class Rates:
         if len(rates) not in (1, len(groups)):
             raise ValueError(f"schedule.rates: expected 1 or {len(groups)}, one a parameter group, got {len(rates)}")
         self.optimizer = optimizer
-        self.rates = list(rates)
+        self.rates = copy.deepcopy(list(rates))  # a second optimizer starts anew
         self.base = [float(group["lr"]) for group in groups]
         self.steps = 0
         self._set(math.inf)

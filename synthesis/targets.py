@@ -35,6 +35,10 @@ class TargetSource(ABC):
     def targets(self, network: nn.Module, input_size: tuple[int, int, int], probe: Probe) -> dict[str, Target]:
         """Return the target of each layer, in order of execution, on the network's device."""
 
+    def input_moments(self) -> Moments:
+        """Return the moments that the images themselves should have, () or one a channel (C,): those of N(0, 1)."""
+        return Moments(torch.zeros(()), torch.ones(()))
+
 
 class BNTargets(TargetSource):
     """The running mean and variance that BatchNorm stored while the network was trained."""
@@ -92,6 +96,9 @@ class Slack(TargetSource):
         return {
             name: target._replace(slack=self._slack(noise[name], target, probe)) for name, target in targets.items()
         }
+
+    def input_moments(self) -> Moments:
+        return self.source.input_moments()
 
     def _slack(self, noise: Moments, target: Target, probe: Probe) -> Statistics:
         seen, stored = probe.statistics(noise), probe.statistics(target.moments)

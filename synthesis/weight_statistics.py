@@ -2,7 +2,8 @@
 
 `WeightGaussian`: Sharma, Abraham, Rajendiran, "A Generalized Zero-Shot Quantization of Deep Convolutional Neural
 Networks via Learned Weights Statistics" (GZSQ), IEEE TMM 2021, arXiv 2112.02834. Not settled by it, and chosen here:
-statistics of weights by output channel. `PropagatedMoments` is ours (see `synthesis.propagation`).
+statistics of weights by output channel, and which layer another one follows (see `synthesis.gaussian_sum`).
+`PropagatedMoments` is ours (see `synthesis.propagation`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from synthesis.gaussian_sum import sum_gaussians
 from synthesis.moments import Moments, Probe, Statistics
 from synthesis.propagation import propagate
-from synthesis.statistics import BATCH_NORMS, device_of, execution_order
+from synthesis.statistics import BATCH_NORMS, execution_order
 from synthesis.targets import Target, TargetSource
 
 Adjustment = Literal["none", "min", "mean_minus_min", "mean_plus_min", "mean", "max_minus_mean", "max_plus_mean", "max"]
@@ -49,6 +51,9 @@ class PropagatedMoments(TargetSource):
             raise ValueError(f"targets.input_std: expected positive deviations, got {input_std}")
         self.prior = Moments(torch.as_tensor(input_mean, dtype=torch.float32), deviations.square())
 
+    def input_moments(self) -> Moments:
+        return self.prior
+
     def targets(self, network: nn.Module, input_size: tuple[int, int, int], probe: Probe) -> dict[str, Target]:
         found = propagate(network, input_size, self.prior)
         return {name: _target(found[name]) for name in execution_order(network, input_size, "conv_output")}
@@ -57,7 +62,8 @@ class PropagatedMoments(TargetSource):
 class WeightGaussian(TargetSource):
     """mu(n+1) = mu_W(n+1) + b(n+1) + mu(n) and s(n+1)^2 = s_W(n+1)^2 + s(n)^2, from N(0, 1) images (GZSQ).
 
-    Layers follow each other in order of execution. Where the number of channels stays the same, mu and s are carried on
+    n is the layer that feeds layer n + 1 in the graph; behind a concatenation all layers that do, behind an addition
+    the trunk (see `synthesis.gaussian_sum`). Where the number of channels stays the same, mu and s are carried on
     channel by channel; where it changes, one number for all channels, chosen from the former ones.
 
     Args:
@@ -85,22 +91,10 @@ class WeightGaussian(TargetSource):
                 f"network: expected no BatchNorm for statistics of weights, got {norm!r}; fold it into its convolution "
                 "with generator.fold_batch_norm=true"
             )
-        device = device_of(network)
-        mean, std = torch.zeros(input_size[0], device=device), torch.ones(input_size[0], device=device)
-        found: dict[str, Target] = {}
-        for name, channels in execution_order(network, input_size, "conv_output").items():
-            layer = network.get_submodule(name)
-            assert isinstance(layer, nn.Conv2d)
-            rows = layer.weight.detach().float().flatten(1)
-            if channels != len(mean):
-                mean, std = self._carried(mean, name, channels), self._carried(std, name, channels)
-            bias = 0.0 if layer.bias is None else layer.bias.detach().float()
-            mean = rows.mean(1) + bias + mean
-            std = (rows.var(1, correction=0) + std.square()).sqrt()
-            found[name] = _target(Moments(mean, std.square()))
-        return found
+        found = sum_gaussians(network, input_size, self._carried)
+        return {name: _target(moments) for name, moments in found.items()}
 
-    def _carried(self, values: Tensor, name: str, channels: int) -> Tensor:
+    def _carried(self, values: Tensor, channels: int, name: str) -> Tensor:
         if self.adjustment == "none":
             raise ValueError(
                 f"targets.adjustment: expected a statistic to carry {len(values)} channels on to the {channels} of "

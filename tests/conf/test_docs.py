@@ -1,8 +1,9 @@
-"""Every way of making images has a card that names it."""
+"""Every way of making images has a card that names it, and every card says what a card has to say."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,14 @@ from tests.configuration import ROOT, options
 
 CARDS = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "methods").glob("*.md")))
 NAMED = set(re.findall(r"`(?:generator=|calibration=)?([a-z0-9_]+)`", CARDS))
+
+
+@pytest.mark.parametrize("card", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda path: path.stem)
+def test_a_card_has_an_equation_its_defaults_and_where_it_differs(card: Path) -> None:
+    text = card.read_text()
+    assert re.search(r"^    \S.*[=+]", text, re.MULTILINE), "no indented equation"
+    assert "\n**Defaults**" in text
+    assert "\n**Differs from" in text or re.search(r"^Ours\b", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("option", options("generator"))

@@ -17,6 +17,7 @@ from synthesis.moments import Probe
 from synthesis.seeding import seeded
 from synthesis.statistics import LayerStatistics
 from synthesis.targets import BNTargets, Slack
+from synthesis.weight_statistics import PropagatedMoments, WeightGaussian
 
 SIZE = (3, 8, 8)
 
@@ -180,3 +181,28 @@ def test_several_sets_are_told_apart_and_their_diversity_logged(network: CifarRe
 def test_network_without_batch_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="real images or on noise"):
         BNAlignmentModule(nn.Conv2d(3, 4, 3), SIZE)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize(("mean", "std"), [(0.7, 0.3), ([0.1, 0.2, 0.3], [1.0, 2.0, 0.5])])
+def test_images_are_drawn_to_the_colours_that_the_targets_were_propagated_from(
+    network: CifarResNet, mean: Any, std: Any, relaxed: bool
+) -> None:
+    targets: Any = PropagatedMoments(mean, std)
+    if relaxed:
+        targets = Slack(targets, images=4, batch_size=4)
+    module = BNAlignmentModule(network, SIZE, targets=targets, probe=Probe("batch"), input_weight=2.0)
+    noise = torch.randn(5, *SIZE, generator=torch.Generator().manual_seed(0))
+    var, average = torch.var_mean(noise, (0, 2, 3), correction=0, keepdim=True)
+    wanted_mean, wanted_std = (torch.as_tensor(v).expand(3).view(3, 1, 1) for v in (mean, std))
+    coloured = (noise - average) / var.sqrt() * wanted_std + wanted_mean
+    assert module(coloured)["input"].item() == pytest.approx(0, abs=1e-8)
+    at_normal = module((noise - average) / var.sqrt())["input"].item()
+    gaps = wanted_mean.square() + (wanted_std - 1).square()
+    assert at_normal == pytest.approx(2 * gaps.sum().item(), rel=1e-4)
+
+
+def test_other_sources_draw_images_to_standard_normal_pixels() -> None:
+    for source in (BNTargets(), WeightGaussian(), Slack(BNTargets())):
+        mean, var = source.input_moments()
+        assert (mean.item(), var.item()) == (0, 1)

@@ -1,18 +1,59 @@
-"""SCI: what it is blind to, what it is not, and a gradient that survives equal eigenvalues."""
+"""SCI against numpy; what it is blind to, what it is not, and a gradient that survives equal eigenvalues."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Literal
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from synthesis.decorrelation import Decorrelation, _Eigh
+from synthesis.seeding import spawn
 
 SCI = Decorrelation(1.0)
 
 
 def batch(seed: int, n: int = 6) -> Tensor:
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def written_out(images: np.ndarray, noise: np.ndarray, form: str) -> list[float]:
+    """The equation with numpy's eigenpairs, sum by sum; as released, for every choice of the eigenvectors' signs."""
+    pairs = []
+    for batch_ in (images, noise):
+        rows = [image.ravel() / np.sqrt((image**2).sum()) for image in batch_]
+        pairs.append(np.linalg.eigh(np.array([[a @ b for b in rows] for a in rows])))
+    (values, vectors), (targets, directions) = pairs
+    spectrum = 1e-4 * sum((a - b) ** 2 for a, b in zip(values, targets, strict=True)) / len(values)
+    importance = [(target - min(targets)) / (max(targets) - min(targets)) for target in targets]
+    cosines = [float(vectors[:, k] @ directions[:, k]) for k in range(len(targets))]
+    if form == "aligned":
+        return [spectrum + sum(i * (1 - abs(c)) for i, c in zip(importance, cosines, strict=True))]
+    return [
+        spectrum + abs(sum(-s * i * c for s, i, c in zip(signs, importance, cosines, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(targets))
+    ]
+
+
+@pytest.mark.parametrize("form", ["aligned", "released"])
+def test_value_against_numpy(form: Literal["aligned", "released"]) -> None:
+    images, reference = batch(5), batch(6)
+    images[1] += 10 * images[0]  # much alike
+    found = Decorrelation(1.0, form=form).discrepancy(images, reference).item()
+    expected = written_out(images.numpy(), reference.numpy(), form)
+    assert min(abs(found - value) for value in expected) < 1e-9  # the spectrum's term is about 1e-5
+
+
+def test_weight_and_noise_of_the_penalty() -> None:
+    images = batch(5)
+    noise = torch.randn(images.shape, generator=spawn(torch.Generator().manual_seed(4), images.device))
+    (expected,) = written_out(images.numpy(), noise.double().numpy(), "aligned")
+    assert Decorrelation(1 / 7)(images, torch.Generator().manual_seed(4)).item() == pytest.approx(
+        expected / 7, rel=1e-4
+    )
 
 
 def test_zero_for_the_same_gram_matrix_and_positive_otherwise() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
-from synthesis.priors import L2Norm, Prior, TotalVariation
+from synthesis.priors import InputMoments, L2Norm, Prior, TotalVariation
 from synthesis.views import RollFlip
 
 RNG = torch.Generator()
 
 
-@pytest.mark.parametrize("prior", [TotalVariation(0.1), L2Norm(0.1)])
+@pytest.mark.parametrize("prior", [TotalVariation(0.1), L2Norm(0.1), InputMoments(0.1)])
 def test_independent_of_the_batch_size(prior: Prior) -> None:
     images = torch.randn(3, 3, 6, 5)
     torch.testing.assert_close(prior(images.repeat(4, 1, 1, 1), RNG), prior(images, RNG))
@@ -23,6 +25,20 @@ def test_values_by_hand() -> None:
     rows, columns = (1 + 16) ** 0.5, (9 + 36) ** 0.5
     assert TotalVariation(2.0)(image, RNG).item() == pytest.approx(2 * (rows + columns + 7 + 2))
     assert L2Norm(2.0)(image, RNG).item() == pytest.approx(2 * 85**0.5)
+
+
+def test_input_moments_written_out_image_by_image() -> None:
+    images = 3 * torch.rand(4, 3, 5, 6, generator=torch.Generator().manual_seed(0)) - 1
+    total = 0.0
+    for image in images:
+        for channel in image:
+            pixels = channel.flatten().tolist()
+            total += statistics.fmean(pixels) ** 2 + (statistics.stdev(pixels) - 1) ** 2
+    assert InputMoments(0.5)(images, RNG).item() == pytest.approx(0.5 * total / 4, rel=1e-4)
+    constant = torch.full((2, 3, 4, 4), 2.0, requires_grad=True)
+    loss = InputMoments(1.0)(constant, RNG)
+    assert loss.item() == pytest.approx(3 * (4 + 1), rel=1e-2)
+    assert torch.autograd.grad(loss, constant)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("prior", [TotalVariation(1.0), L2Norm(1.0)])

@@ -68,6 +68,10 @@ EXACT: dict[str, Any] = {
     "pad": Wrapped(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))),
     "linear": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 5)),
     "double": Wrapped(lambda x: x + x),
+    "sum": Wrapped(lambda x: x[:, :2] + x[:, 2:]),
+    "difference": Wrapped(lambda x: x[:, :2] - x[:, 2:]),
+    "product": Wrapped(lambda x: x[:, :2] * x[:, 2:]),
+    "sum_behind_relu": Wrapped(lambda x: F.relu(x[:, :2]) + 2 * F.relu(x[:, 2:])),
 }
 
 
@@ -81,6 +85,78 @@ def test_operators_against_a_large_sample(name: str) -> None:
     scale = float(rows.std())
     torch.testing.assert_close(found.mean.float(), rows.mean(1), atol=0.03 * scale, rtol=0)
     torch.testing.assert_close(found.var.float(), rows.var(1), atol=0.03 * scale**2, rtol=0.06)
+
+
+class Disjoint(nn.Module):
+    """No value is read twice, so that what is assumed holds: whole moments must then be right but for the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(CHANNELS, CHANNELS, 2, stride=2, groups=CHANNELS)
+        self.norm = batch_norm()
+        self.grouped = nn.Conv2d(2, 2, 2, stride=2, groups=2)
+        self.last = nn.Conv2d(2, 1, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        return self.last(self.grouped(x[:, :2] + 3 * x[:, 2:]))
+
+
+class Mixed(nn.Module):
+    """A residual block, two concatenated branches and a layer that reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(CHANNELS, 16, 3), nn.BatchNorm2d(16)
+        self.conv1, self.norm1 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.narrow, self.wide = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.norm2(self.conv2(F.relu6(self.norm1(self.conv1(x))))))
+        return self.last(torch.cat([F.silu(self.narrow(x)), self.wide(x)], 1))
+
+
+def against_a_sample(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, for each convolution, the error of its means in deviations and the ratio of deviations, (C,)."""
+    height, width = images.shape[2:]
+    found = propagate(network.eval(), (CHANNELS, height, width), PRIOR)
+    outputs: dict[str, Tensor] = {}
+    for name in found:
+        network.get_submodule(name).register_forward_hook(
+            lambda module, arguments, output, name=name: outputs.update({name: output})
+        )
+    with torch.no_grad():
+        network(images)
+    errors = {}
+    for name, x in outputs.items():
+        var, mean = torch.var_mean(x, (0, 2, 3))
+        errors[name] = (found[name].mean - mean) / var.sqrt(), (found[name].var / var).sqrt()
+    return errors
+
+
+def test_a_network_that_reads_no_value_twice_has_the_moments_of_a_sample() -> None:
+    torch.manual_seed(0)
+    for name, (error, ratio) in against_a_sample(Disjoint(), sample()).items():
+        assert error.abs().max() < 0.05, name
+        assert (ratio - 1).abs().max() < 0.05, name
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_small_network_has_about_the_moments_of_a_sample(seed: int) -> None:
+    """Each mean within 0.3 deviations, each deviation within a third, half of the channels within a tenth."""
+    torch.manual_seed(seed)
+    network = settle(Mixed(), (CHANNELS, 32, 32), seed)
+    images = torch.randn(60, CHANNELS, 32, 32) * PRIOR.var.sqrt().view(-1, 1, 1) + PRIOR.mean.view(-1, 1, 1)
+    errors = against_a_sample(network, images)
+    assert list(errors) == ["stem", "conv1", "conv2", "narrow", "wide", "last"]
+    for name, (error, ratio) in errors.items():
+        assert error.abs().max() < 0.3, name
+        assert error.abs().median() < 0.1, name
+        assert ratio.log().abs().max() < 0.33, name
+        assert (ratio - 1).abs().median() < 0.1, name
 
 
 def test_a_gate_of_its_own_input_is_silu() -> None:

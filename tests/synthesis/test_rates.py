@@ -71,6 +71,20 @@ def test_state_goes_on_where_it_stopped() -> None:
         assert first.param_groups[0]["lr"] == second.param_groups[0]["lr"]
 
 
+def test_a_second_optimizer_does_not_inherit_the_first_one_s_plateau() -> None:
+    """A module whose rates are made once by its configuration may be fitted again."""
+    rates = [Plateau(2, 1e-4)]
+    for _ in range(2):
+        ours = optimizer(0.5)
+        mine = Rates(ours, rates=rates)
+        assert ours.param_groups[0]["lr"] == 0.5
+        for _ in range(3):
+            mine.step(1.0)
+        assert ours.param_groups[0]["lr"] == 0.5
+        mine.step(1.0)
+        assert ours.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"schedule\.rates: expected 1 or 3"):
         Rates(optimizer(1, 2, 3), rates=[Constant(), Constant()])

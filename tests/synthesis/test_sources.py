@@ -1,4 +1,4 @@
-"""Pixels: initial distributions, identity of the parameter, clamping."""
+"""Pixels: initial distributions, identity of the parameter, clamping; what is optimised at which rate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from synthesis.generators import Conditional, Latents
 from synthesis.seeding import seeded
 from synthesis.sources import Pixels
 
@@ -37,6 +38,39 @@ def test_reset_is_in_place_and_a_function_of_the_generator() -> None:
     source.reset(seeded(0))
     assert torch.equal(shown(source), first)
     assert group["params"][0] is source.pixels
+
+
+def test_latents_and_their_generator_have_rates_of_their_own() -> None:
+    source = Latents(3, SIZE, latent=5, latent_lr=0.1, generator_lr=0.01)
+    latents, generator = source.parameter_groups()
+    assert (latents["lr"], generator["lr"]) == (0.1, 0.01)
+    assert latents["params"] == [source.latents]
+    assert source.latents.shape == (3, 5)
+    assert {id(p) for p in generator["params"]} == {id(p) for p in source.generator.parameters()}
+    together = [id(p) for group in (latents, generator) for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in source.parameters())  # each once, none left out
+    other = Latents(3, SIZE, latent_lr=0.3, generator_lr=0.02).parameter_groups()
+    assert [group["lr"] for group in other] == [0.3, 0.02]
+
+
+def test_one_step_moves_latents_and_generator_by_their_own_rate() -> None:
+    source = Latents(4, SIZE, latent=5, latent_lr=0.1, generator_lr=0.01)
+    source.reset(seeded(0))
+    before = [[p.detach().clone() for p in group["params"]] for group in source.parameter_groups()]
+    optimizer = torch.optim.Adam(source.parameter_groups(), lr=7.0)  # neither group takes the common rate
+    source(seeded(1), torch.zeros(4, 2)).pow(3).sum().backward()
+    optimizer.step()
+    for group, olds, rate in zip(source.parameter_groups(), before, (0.1, 0.01), strict=True):
+        largest = max(float((p.detach() - old).abs().max()) for p, old in zip(group["params"], olds, strict=True))
+        assert largest == pytest.approx(rate, rel=1e-3)  # Adam's first step is its rate
+
+
+def test_a_conditional_generator_leaves_its_rate_to_the_optimizer() -> None:
+    source = Conditional(2, SIZE)
+    source.bind(4, torch.nn.Linear(3, 4))
+    (group,) = source.parameter_groups()
+    assert set(group) == {"params"}
+    assert len(group["params"]) == len(list(source.parameters()))
 
 
 def test_clamp_by_channel() -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_modules.synthesis import build_generator
 from networks.cifar_resnet import CifarResNet
+from networks.random_weights import settle
 from synthesis.moments import Probe
 from synthesis.propagation import propagate
+from synthesis.sources import Pixels
 from synthesis.weight_statistics import Adjustment, PropagatedMoments, WeightGaussian
 
 SIZE = (3, 8, 8)
@@ -52,6 +55,43 @@ def test_recursion_against_a_loop_over_channels(adjustment: Adjustment) -> None:
         torch.testing.assert_close(target.moments.var.sqrt(), torch.tensor(deviations), rtol=1e-4, atol=1e-5)
         assert target.slack.mean == 0 == target.slack.spread
     assert list(found) == ["0", "2", "4"]
+
+
+def test_folded_batch_norm_enters_as_weights_and_biases() -> None:
+    """mu(n) = mu_Wfold(n) + b_fold(n) + mu(n-1), W_fold = gamma W / sqrt(v + eps), b_fold = beta - gamma m / ..."""
+    torch.manual_seed(1)
+    layers = (nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    plain = nn.Sequential(*layers, nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    settle(plain, SIZE).requires_grad_(False)
+    module = build_generator(
+        plain,
+        SIZE,
+        count=2,
+        seed=0,
+        steps=1,
+        batch_size=2,
+        source=Pixels,
+        optimizer=torch.optim.Adam,
+        targets=WeightGaussian(),
+        fold_batch_norm=True,
+    )
+    found = module.alignment.targets.targets(module.alignment.network, SIZE, Probe())
+    means, variances = [0.0] * 3, [1.0] * 3
+    for name, norm in (("0", plain[1]), ("3", plain[4])):
+        layer = plain.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        for c in range(3):
+            scale = float(norm.weight[c]) / math.sqrt(float(norm.running_var[c]) + norm.eps)
+            own = 0.0 if layer.bias is None else float(layer.bias[c])
+            folded_bias = float(norm.bias[c]) + scale * (own - float(norm.running_mean[c]))
+            weights = [scale * w for w in layer.weight[c].flatten().tolist()]
+            means[c] += statistics.fmean(weights) + folded_bias
+            variances[c] += statistics.pvariance(weights)
+        torch.testing.assert_close(found[name].moments.mean, torch.tensor(means), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].moments.var, torch.tensor(variances), rtol=1e-4, atol=1e-5)
 
 
 def test_propagated_targets_are_the_propagated_moments_of_that_colour() -> None:
