@@ -25,7 +25,7 @@ from deployment.student_file import load_student, save_student
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
-from lightning_modules.saved_runs import plain
+from lightning_modules.saved_runs import plain, stated
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
@@ -35,7 +35,7 @@ from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
-RECIPE_VERSION = 1  # raise it when the same settings make other images than before
+RECIPE_VERSION = 2  # raise it when the same settings make other images than before
 
 
 def run_job(cfg: DictConfig) -> dict[str, float]:
@@ -127,7 +127,7 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
         recipe: dict[str, Any] = {
             "synthesis": RECIPE_VERSION,
             "precision": cfg.trainer.precision,
-            "generator": plain(cfg.generator),
+            "generator": stated(plain(cfg.generator)),
             "teacher": teacher.weights_hash,
             "input_size": teacher.input_size,
             "count": count,
@@ -185,7 +185,8 @@ def recall_targets(job: Job, teacher: Teacher, module: GeneratorModule) -> None:
         return alignment.found_targets()
 
     alignment.recall(SampleStore(job.cfg.paths.store).get_or_make(recipe, measure))
-    save_targets(alignment, job.folder / "targets.png")
+    if job.is_main:
+        save_targets(alignment, job.folder / "targets.png")
 
 
 def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
