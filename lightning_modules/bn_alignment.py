@@ -127,12 +127,12 @@ class BNAlignmentModule(pl.LightningModule):
         self, backend: str | Callable[..., Any], features: ClassifierInput | None = None
     ) -> Callable[[Tensor], Look]:
         """Return `look` as one function that `torch.compile` makes, at its first call with each shape of images."""
-        head = None if features is None else features.classifier
-        watched = WatchedNetwork(
-            self.network, self.layers, probe=self.probe, site=self.targets.site, classifier=head
-        )
+        torch.compiler.reset()  # torch gives up after eight functions of one code, those of earlier fits included
+        site, head = self.targets.site, None if features is None else features.classifier
+        watched = WatchedNetwork(self.network, self.layers, probe=self.probe, site=site, classifier=head)
         compiled = torch.compile(watched.forward, backend=backend, dynamic=False)
-        return lambda images: self._with_earlier(compiled(images), len(images))
+        # view_as, because a parameter and what a view makes of it would be compiled one by one
+        return lambda images: self._with_earlier(compiled(images.view_as(images)), len(images))
 
     def _with_earlier(self, seen: Look, count: int) -> Look:
         if self.probe.reduction != "all":

@@ -71,9 +71,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def stated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those left out (null, an empty group, a switch that is off): what they say beside the defaults.
+    """The options without those left out: null, an empty group, a switch that is off.
 
-    So a new option does not change what a stored result is called. DSG's three switches stay, whose names are the method.
+    So a new option does not change what a stored result is called. DSG's three switches stay: they are the method.
     """
     return {
         key: value

@@ -122,7 +122,8 @@ def refuse_compiled_surgery(compile: bool | str | Callable[..., Any], surgery: S
         )
     if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(
-            f"generator.compile: expected true, false or a backend of torch.compile ({', '.join(known)}), got {compile!r}"
+            f"generator.compile: expected true, false or a backend of torch.compile, one of {', '.join(known)}; got "
+            f"{compile!r}"
         )
 
 

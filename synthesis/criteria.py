@@ -145,15 +145,15 @@ class LayerwiseEnhancement(LayerWeights):
     def __call__(self, samples: int, layers: int, reduction: Reduction, device: torch.device) -> Tensor:
         if reduction != "sample":
             raise ValueError(
-                f"probe.reduction: layer-wise enhancement expects 'sample', got {reduction!r}; pooled statistics do not "
+                f"reduction: layer-wise enhancement expects 'sample', got {reduction!r}; pooled statistics do not "
                 "say which sample they come from. Set generator.probe.reduction=sample or take uniform layer weights "
                 "(DSG: generator.lse=false)"
             )
         if samples != layers:
             raise ValueError(
                 f"batch_size: layer-wise enhancement expects one sample for each BatchNorm layer ({layers}), got "
-                f"{samples}. Set generator.batch_size=null (the number of BatchNorm layers) or take uniform layer weights "
-                "(DSG: generator.lse=false)"
+                f"{samples}. Set generator.batch_size=null (the number of BatchNorm layers) or take uniform layer "
+                "weights (DSG: generator.lse=false)"
             )
         return 1 + torch.eye(layers, device=device)
 

@@ -1,4 +1,4 @@
-"""What one forward pass of a network shows a synthesis: with hooks, or as one function that a compiler can take whole."""
+"""What one forward pass shows a synthesis: read with hooks, or as one function that a compiler can take whole."""
 
 from __future__ import annotations
 

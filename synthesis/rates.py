@@ -24,7 +24,7 @@ class Rate(ABC):
     def __init__(self) -> None:
         self.state: dict[str, float] = {}
 
-    def plan(self, steps: int) -> None:
+    def plan(self, steps: int) -> None:  # noqa: B027  most rates do not ask
         """Learn how many steps a batch of images takes, before the first."""
 
     @abstractmethod

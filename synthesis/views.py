@@ -21,7 +21,7 @@ class View(ABC):
         """The first step of the last stage; before it images may still be coarse."""
         return 0
 
-    def plan(self, steps: int) -> None:
+    def plan(self, steps: int) -> None:  # noqa: B027  most views do not ask
         """Learn how many steps a batch of images takes, once, before the first."""
 
     @abstractmethod
