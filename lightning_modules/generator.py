@@ -168,7 +168,8 @@ class GeneratorModule(pl.LightningModule):
 
     def train_dataloader(self) -> Steps:
         """Count the steps of one batch of images."""
-        return Steps(self.steps)
+        self._counter = Steps(self.steps)
+        return self._counter
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_factory(self.source.parameter_groups())
@@ -207,6 +208,7 @@ class GeneratorModule(pl.LightningModule):
             self.enter(self.current_epoch)
         elif self._to_be_checked(batch_idx - 1) and self.settling.settled(batch_idx, float(self.last_loss)):
             self._finish(self.current_epoch)
+            self._counter.restart()
             return SKIP_REST
         return None
 

@@ -154,4 +154,5 @@ def build_noise(
 
     Its targets are never looked at; those of the convolutions let it work on networks without BatchNorm too.
     """
-    return build_generator(network, input_size, steps=0, **({"targets": WeightGaussian()} | parts))
+    arguments: dict[str, Any] = {"targets": WeightGaussian(), **parts}
+    return build_generator(network, input_size, steps=0, **arguments)

@@ -334,6 +334,34 @@ def test_early_stop_leaves_no_coarse_stage_unfinished(network: CifarResNet) -> N
     assert glimpse.steps == [176, 176]  # fine from 140 on, so looked at after 151 and 176 steps
 
 
+class SaveAtEpochEnd(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path / "epoch.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("place", ["step=26", "epoch", "step=29"])
+def test_a_batch_after_one_that_ended_early_is_whole_also_when_resumed(
+    network: CifarResNet, tmp_path: Path, place: str
+) -> None:
+    """The first batch stands still and ends after 26 of 30 steps; so does each other one, and none is left unmade."""
+    still = {"optimizer": functools.partial(torch.optim.SGD, lr=0.0), "schedule": None, "count": 12, "steps": 30}
+    module, glimpse = build(network, early_stop=25, **still), GlimpseOf()
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    keep = {"enable_checkpointing": True}
+    trainer(module, callbacks=[glimpse, checkpoint, SaveAtEpochEnd(tmp_path)], **keep).fit(module)
+    assert glimpse.steps == [26, 26, 26]
+    expected = torch.cat([torch.randn(4, *SIZE, generator=seeded(0, "source", epoch)) for epoch in range(3)])
+    assert torch.equal(module.images, expected)
+    resumed = build(network, early_stop=25, **still)
+    trainer(resumed, callbacks=[checkpoint], **keep).fit(resumed, ckpt_path=tmp_path / f"{place}.ckpt")
+    assert torch.equal(resumed.images, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_resumed_on_either_side_of_a_stage_is_bitwise_the_uninterrupted_run(

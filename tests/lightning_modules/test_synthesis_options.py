@@ -115,11 +115,24 @@ def test_channels_last_gives_the_same_images_within_rounding(network: CifarResNe
     assert float((other.images - plain.images).abs().mean()) < 1e-2
 
 
-@pytest.mark.parametrize("preset", ["zeroq", "genie", "gdfq"])
-def test_bfloat16_ends_at_a_loss_within_five_per_cent(network: CifarResNet, preset: str) -> None:
-    plain, other = made(network, preset), made(network, preset, precision="bf16-mixed")
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("zeroq", {}),
+        ("genie", {}),
+        (
+            "gdfq",
+            {"steps": 40, "batch_size": 16, "count": 16},
+        ),  # fresh latents at each step make its loss noisy at first
+    ],
+)
+def test_bfloat16_ends_at_a_loss_within_five_per_cent(
+    network: CifarResNet, preset: str, changes: dict[str, Any]
+) -> None:
+    plain, other = (made(network, preset, precision=p, **changes) for p in ("32-true", "bf16-mixed"))
     assert other.images.dtype == torch.float32
-    losses = [sum(float(t) for t in plain.alignment(m.images[:4]).values()) for m in (plain, other)]
+    size = plain.source.batch_size
+    losses = [sum(float(t) for t in plain.alignment(m.images[:size]).values()) for m in (plain, other)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
 
