@@ -27,6 +27,10 @@ class Steps:
             self._next = (step + 1) % self.count
             yield step
 
+    def restart(self) -> None:
+        """Let the next epoch start at 0 although this one was not taken to its end."""
+        self._next = 0
+
     def state_dict(self) -> dict[str, int]:
         """Return the step that comes next."""
         return {"next": self._next}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -12,22 +12,14 @@ from torch import Tensor, nn
 from synthesis.criteria import Criterion, LayerWeights, SquaredL2, Uniform
 from synthesis.diversity import Diversity
 from synthesis.features import ClassifierInput
-from synthesis.moments import Moments, Probe, Statistics, merge
+from synthesis.look import Look, WatchedNetwork, look_through
+from synthesis.moments import Moments, Probe, Statistics, exactly, merge
 from synthesis.statistics import LayerStatistics, device_of, execution_order
 from synthesis.targets import BNTargets, TargetSource
 
 INPUT = "input"
 TARGETS = ("mean", "spread", "mean_slack", "spread_slack")  # buffers that hold them, all layers side by side
 SAMPLE = Probe("sample")  # of the diagnosis, whatever the loss looks at
-
-
-class Look(NamedTuple):
-    """What one forward pass shows: moments of all layers and of the images, the output (N, K), and if asked for the
-    features (N, F) that enter the classifier."""
-
-    moments: Moments
-    logits: Tensor
-    features: Tensor | None
 
 
 def images_of(batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
@@ -136,19 +128,26 @@ class BNAlignmentModule(pl.LightningModule):
 
     def look(self, images: Tensor, features: ClassifierInput | None = None) -> Look:
         """Return what one forward pass shows; moments are (rows, sum of C), a row a sample, or one for a batch."""
-        with LayerStatistics(self.network, self.probe, self.targets.site) as seen:
-            if features is None:
-                logits, found = self.network(images), None
-            else:
-                with features:
-                    logits = self.network(images)
-                found = features.value
-        parts = [*(seen[layer] for layer in self.layers), self.probe.measure(images)]
-        moments = Moments(*(torch.atleast_2d(torch.cat(column, -1)) for column in zip(*parts, strict=True)))
-        if self.probe.reduction == "all":
-            earlier = Moments(self.get_buffer("earlier_mean"), self.get_buffer("earlier_var"))
-            moments = merge([moments, earlier], [len(images), self.get_buffer("earlier_count")])
-        return Look(moments, logits, found)
+        site = self.targets.site
+        found = look_through(self.network, images, self.layers, probe=self.probe, site=site, features=features)
+        return self._with_earlier(found, len(images))
+
+    def compiled_look(
+        self, backend: str | Callable[..., Any], features: ClassifierInput | None = None
+    ) -> Callable[[Tensor], Look]:
+        """Return `look` as one function that `torch.compile` makes, at its first call with each shape of images."""
+        torch.compiler.reset()  # torch gives up after eight functions of one code, those of earlier fits included
+        site, head = self.targets.site, None if features is None else features.classifier
+        watched = WatchedNetwork(self.network, self.layers, probe=self.probe, site=site, classifier=head)
+        compiled = torch.compile(watched.forward, backend=backend, dynamic=False)
+        # view_as, because a parameter and what a view makes of it would be compiled one by one
+        return lambda images: self._with_earlier(compiled(images.view_as(images)), len(images))
+
+    def _with_earlier(self, seen: Look, count: int) -> Look:
+        if self.probe.reduction != "all":
+            return seen
+        earlier = Moments(self.get_buffer("earlier_mean"), self.get_buffer("earlier_var"))
+        return seen._replace(moments=merge([seen.moments, earlier], [count, self.get_buffer("earlier_count")]))
 
     def moments(self, images: Tensor) -> Moments:
         """Return the moments that `look` sees."""
@@ -162,12 +161,13 @@ class BNAlignmentModule(pl.LightningModule):
         """Return the loss terms "alignment" and, if weighted, "input": sums over layers, means over samples."""
         if not self._ready:
             self.prepare()
-        losses = self._losses(self.probe.statistics(moments))
-        layers = len(self.layers)
-        weights = self.layer_weights(samples, layers, self.probe.reduction, losses.device)
-        terms = {"alignment": (weights * losses[:, :layers]).sum(1).mean()}
-        if self.input_weight:
-            terms["input"] = self.input_weight * losses[:, layers].mean()
+        with exactly(moments.mean):
+            losses = self._losses(self.probe.statistics(moments))
+            layers = len(self.layers)
+            weights = self.layer_weights(samples, layers, self.probe.reduction, losses.device)
+            terms = {"alignment": (weights * losses[:, :layers]).sum(1).mean()}
+            if self.input_weight:
+                terms["input"] = self.input_weight * losses[:, layers].mean()
         return terms
 
     def _losses(self, seen: Statistics) -> Tensor:  # (rows, L + 1)

@@ -24,6 +24,8 @@ from lightning_modules.bn_alignment import BNAlignmentModule
 from synthesis.features import ClassifierInput
 from synthesis.guidance import Answer, Guidance, Guides
 from synthesis.labels import LabelSource, RandomLabels
+from synthesis.look import Look
+from synthesis.moments import Moments, exactly, raised
 from synthesis.priors import Prior
 from synthesis.rates import Rates
 from synthesis.seeding import seeded
@@ -62,7 +64,9 @@ class GeneratorModule(pl.LightningModule):
         surgery: temporary change of the network.
         finalize: what finished images pass through.
         first_batch: number of the first batch, for a share of a larger set: batches are drawn as they are in the whole.
-        early_stop: end a batch when the loss has not fallen by a hundredth for that many steps; None: never.
+        early_stop: end a batch when the loss has not fallen by a hundredth for that many steps, all of them in the last
+            stage of the view; None: never.
+        compile: backend of `torch.compile`, which makes one function of the pass through the network; None: none.
         seed: of every draw.
 
     Raises:
@@ -90,6 +94,7 @@ class GeneratorModule(pl.LightningModule):
         surgery: Surgery | None = None,
         finalize: View | None = None,
         early_stop: int | None = None,
+        compile: str | Callable[..., Any] | None = None,
         first_batch: int = 0,
         seed: int = 0,
     ) -> None:
@@ -101,18 +106,21 @@ class GeneratorModule(pl.LightningModule):
         self.steps = steps
         self.batches = 1 if source.lasting else math.ceil(count / source.batch_size)
         self.view = Identity() if view is None else view
+        self.view.plan(steps)
         self.priors = dict(priors or {})
         self.guides = Guides(guidance or {}, student)
         self.labels = RandomLabels() if labels is None else labels
         self.surgery = surgery
         self.finalize = Identity() if finalize is None else finalize
         self.settling = Settling(early_stop)
+        self.compile_backend = compile
         self.first_batch = first_batch
         self.seed = seed
         self._optimizer_factory = optimizer
         self._schedule_factory = schedule
         self._fresh_groups: list[dict[str, Any]] = []
         self._fresh_schedule: dict[str, Any] = {}
+        self._look: Callable[[Tensor], Look] | None = None  # the compiled one, while there is a fit
         self.images = torch.full((count, *alignment.input_size), math.nan, dtype=torch.float32)
         self.finished = 0  # of `images`, from the front
         self.register_buffer("entered", torch.tensor(NO_BATCH))  # the epoch whose batch is being optimised
@@ -162,11 +170,14 @@ class GeneratorModule(pl.LightningModule):
 
     def train_dataloader(self) -> Steps:
         """Count the steps of one batch of images."""
-        return Steps(self.steps)
+        self._counter = Steps(self.steps)
+        return self._counter
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_factory(self.source.parameter_groups())
         schedule = None if self._schedule_factory is None else self._schedule_factory(optimizer)
+        if isinstance(schedule, Rates):
+            schedule.plan(self.steps)
         self._fresh_groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         if schedule is None:
             return optimizer
@@ -178,13 +189,17 @@ class GeneratorModule(pl.LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if isinstance(scheduler, ReduceLROnPlateau | Rates):
+        if isinstance(scheduler, ReduceLROnPlateau) or (isinstance(scheduler, Rates) and scheduler.reads_loss):
             scheduler.step(float(self.last_loss))
+        elif isinstance(scheduler, Rates):
+            scheduler.step(math.nan)  # which spares a wait for the device
         else:
             scheduler.step()
 
     def on_fit_start(self) -> None:
         self.alignment.place(self.device)
+        if self.compile_backend is not None:
+            self._look = self.alignment.compiled_look(self.compile_backend, self._features)
         if self.trainer.ckpt_path is None:
             self.entered.fill_(NO_BATCH)  # a fit that was interrupted before does not count
             self.finished = 0
@@ -203,10 +218,15 @@ class GeneratorModule(pl.LightningModule):
         # Inside an epoch nothing is to be done: the checkpoint holds all that `enter` sets.
         if batch_idx == 0:
             self.enter(self.current_epoch)
-        elif (batch_idx - 1) % CHECK_EVERY == 0 and self.settling.settled(batch_idx, float(self.last_loss)):
+        elif self._to_be_checked(batch_idx - 1) and self.settling.settled(batch_idx, float(self.last_loss)):
             self._finish(self.current_epoch)
+            self._counter.restart()
             return SKIP_REST
         return None
+
+    def _to_be_checked(self, step: int) -> bool:
+        """Whether the loss of `step` says how far the images are: those of a coarse stage are no images yet."""
+        return step % CHECK_EVERY == 0 and step >= self.view.settled_from
 
     def enter(self, epoch: int) -> None:
         """Start the batch of images `epoch`: fresh parameters, optimizer and schedule. Idempotent."""
@@ -236,10 +256,12 @@ class GeneratorModule(pl.LightningModule):
         epoch = self.first_batch + self.current_epoch
         labels = self._labels(epoch, batch_idx if self.labels.every_step else 0)
         images = self.source(seeded(self.seed, "latent", epoch, batch_idx), labels)
-        terms = self._network_terms(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
-        for name, prior in self.priors.items():
-            terms[name] = prior(images, seeded(self.seed, name, epoch, batch_idx))
-        loss = torch.stack(list(terms.values())).sum()
+        moments, answer = self._ask(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
+        with exactly(images):  # the networks may compute in half precision, terms never do
+            terms = self.alignment.terms(moments, len(images)) | self.guides(answer.raised())
+            for name, prior in self.priors.items():
+                terms[name] = prior(raised(images), seeded(self.seed, name, epoch, batch_idx))
+            loss = torch.stack(list(terms.values())).sum()
         self.last_loss = loss.detach()
         if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
             self._diverged(self.alignment.first_non_finite(images) or "a prior, or the sum of the terms", batch_idx)
@@ -253,15 +275,14 @@ class GeneratorModule(pl.LightningModule):
     def _seen(self, images: Tensor, epoch: int, step: int) -> Tensor:
         return self.view(images, seeded(self.seed, "view", epoch, step), step)
 
-    def _network_terms(self, seen: Tensor, labels: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
-        """The terms that need a pass through the network: one, and one through the student where a term compares."""
+    def _ask(self, seen: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Moments, Answer]:
+        """Pass the images through the network once, and once through the student where a term compares."""
         change = nullcontext()
         if self.surgery is not None:
             change = self.surgery(self.alignment.network, seeded(self.seed, "surgery", epoch, step))
         with change:
-            look = self.alignment.look(seen, self._features)
-        terms = self.alignment.terms(look.moments, len(seen))
-        return terms | self.guides(seen, Answer(look.logits, labels, look.features))
+            look = self.alignment.look(seen, self._features) if self._look is None else self._look(seen)
+        return look.moments, self.guides.ask_student(seen, Answer(look.logits, labels, look.features))
 
     def optimizer_step(
         self,
@@ -314,4 +335,5 @@ class GeneratorModule(pl.LightningModule):
             self.log_dict(values, on_step=True, on_epoch=False, batch_size=self.source.batch_size)
 
     def teardown(self, stage: str) -> None:
+        self._look = None
         self.alignment.teardown(stage)

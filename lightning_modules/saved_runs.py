@@ -10,6 +10,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+DSG_SWITCHES = ("sda", "lse", "sci")
+
 
 def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     """The configuration and output folder to use.
@@ -66,6 +68,18 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def stated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those left out: null, an empty group, a switch that is off.
+
+    So a new option does not change what a stored result is called. DSG's three switches stay: they are the method.
+    """
+    return {
+        key: value
+        for key, value in options.items()
+        if key in DSG_SWITCHES or not (value is None or value is False or value == {})
+    }
 
 
 def overrides() -> list[str]:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from callbacks.target_plot import save_targets
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job
-from lightning_modules.saved_runs import plain
+from lightning_modules.saved_runs import plain, stated
 from networks.teachers import Teacher
 from quantizers.convert import convert
 from quantizers.layer import hardened_copy
 from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
-RECIPE_VERSION = 1  # raise it when the same settings make other images than before
+RECIPE_VERSION = 2  # raise it when the same settings make other images than before
 
 
 def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
@@ -30,7 +30,7 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
         recipe: dict[str, Any] = {
             "synthesis": RECIPE_VERSION,
             "precision": cfg.trainer.precision,
-            "generator": plain(cfg.generator),
+            "generator": stated(plain(cfg.generator)),
             "teacher": teacher.weights_hash,
             "input_size": teacher.input_size,
             "count": count,
@@ -97,4 +97,5 @@ def recall_targets(job: Job, teacher: Teacher, module: GeneratorModule) -> None:
         return alignment.found_targets()
 
     alignment.recall(SampleStore(job.cfg.paths.store).get_or_make(recipe, measure))
-    save_targets(alignment, job.folder / "targets.png")
+    if job.is_main:
+        save_targets(alignment, job.folder / "targets.png")

@@ -53,6 +53,7 @@ def build_generator(
     first_batch: int = 0,
     fold_batch_norm: bool = False,
     channels_last: bool = False,
+    compile: bool | str | Callable[..., Any] = False,
     student: Callable[[], nn.Module] | None = None,
 ) -> GeneratorModule:
     """Compose a generator of `count` images for `network`.
@@ -61,9 +62,15 @@ def build_generator(
     size, input size), `slack` with (targets, batch_size=, seed=), `decorrelation` with the weight 1 / L, `student`
     without arguments and only if a term compares with it. `fold_batch_norm` hides the stored statistics from the
     synthesis: it sees convolutions with BatchNorm folded into them. `channels_last` lays its weights out as NHWC, which
-    some devices prefer: the same numbers but for rounding. None leaves a part out, also among `priors` and `guidance`;
-    no targets and layer weights stand for BatchNorm's own and uniform ones.
+    some devices prefer, and `compile` has torch make one function of the pass through it (True: with its default
+    backend): the same numbers but for rounding. None leaves a part out, also among `priors` and `guidance`; no targets
+    and layer weights stand for BatchNorm's own and uniform ones.
+
+    Raises:
+        ValueError: if layer weights do not go with batch size or probe, a surgery is to be compiled, or the backend is
+            unknown.
     """
+    refuse_compiled_surgery(compile, surgery)
     if fold_batch_norm:
         network = fold(network, torch.zeros(1, *input_size, device=device_of(network))).graph_module
     if channels_last:
@@ -80,6 +87,8 @@ def build_generator(
     compares = student is not None and any(term.uses_student for term in guides.values())
     how: dict[str, Any] = {"probe": probe, "criterion": criterion, "layer_weights": layer_weights}
     alignment = BNAlignmentModule(network, input_size, targets=goal, input_weight=input_weight, **how)
+    # asked here for what it refuses: the first step comes after the targets are measured
+    alignment.layer_weights(samples, layers, alignment.probe.reduction, alignment.home)
     return GeneratorModule(
         alignment,
         source(samples, input_size),
@@ -95,9 +104,27 @@ def build_generator(
         surgery=surgery,
         finalize=finalize,
         early_stop=early_stop,
+        compile=("inductor" if compile is True else compile) or None,
         first_batch=first_batch,
         seed=seed,
     )
+
+
+def refuse_compiled_surgery(compile: bool | str | Callable[..., Any], surgery: Surgery | None) -> None:
+    """Raise for what `torch.compile` cannot do: a network that changes at every step, a backend it does not know."""
+    if not compile:
+        return
+    if surgery is not None:
+        raise ValueError(
+            f"generator.compile, generator.surgery: expected at most one of them, got {compile!r} and "
+            f"{type(surgery).__name__}, which changes the network at every step. Set generator.compile=false or "
+            "generator.surgery=null"
+        )
+    if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(
+            f"generator.compile: expected true, false or a backend of torch.compile, one of {', '.join(known)}; got "
+            f"{compile!r}"
+        )
 
 
 def build_dsg(
@@ -127,4 +154,5 @@ def build_noise(
 
     Its targets are never looked at; those of the convolutions let it work on networks without BatchNorm too.
     """
-    return build_generator(network, input_size, steps=0, **({"targets": WeightGaussian()} | parts))
+    arguments: dict[str, Any] = {"targets": WeightGaussian(), **parts}
+    return build_generator(network, input_size, steps=0, **arguments)

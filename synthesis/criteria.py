@@ -145,13 +145,15 @@ class LayerwiseEnhancement(LayerWeights):
     def __call__(self, samples: int, layers: int, reduction: Reduction, device: torch.device) -> Tensor:
         if reduction != "sample":
             raise ValueError(
-                f"reduction: layer-wise enhancement expects 'sample', got {reduction!r}; pooled statistics do not say "
-                "which sample they come from. Set probe.reduction=sample or use uniform layer weights"
+                f"reduction: layer-wise enhancement expects 'sample', got {reduction!r}; pooled statistics do not "
+                "say which sample they come from. Set generator.probe.reduction=sample or take uniform layer weights "
+                "(DSG: generator.lse=false)"
             )
         if samples != layers:
             raise ValueError(
                 f"batch_size: layer-wise enhancement expects one sample for each BatchNorm layer ({layers}), got "
-                f"{samples}. Set batch_size=null (the number of BatchNorm layers) or use uniform layer weights"
+                f"{samples}. Set generator.batch_size=null (the number of BatchNorm layers) or take uniform layer "
+                "weights (DSG: generator.lse=false)"
             )
         return 1 + torch.eye(layers, device=device)
 

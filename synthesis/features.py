@@ -64,5 +64,9 @@ class ClassifierInput:
             self._handle = None
 
     def _read(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
-        self.value = x.mean((2, 3)) if x.dim() == 4 else x
+        self.value = pooled(arguments[0])
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Return a classifier's input as (N, F): averaged over positions where there are any."""
+    return x.mean((2, 3)) if x.dim() == 4 else x

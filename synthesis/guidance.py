@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthesis.moments import raised
+
 
 class Answer(NamedTuple):
     """What the networks say of a batch of images.
@@ -29,6 +31,10 @@ class Answer(NamedTuple):
     labels: Tensor
     features: Tensor | None = None
     student: Tensor | None = None
+
+    def raised(self) -> Answer:
+        """Return the answer with half precision raised to float32."""
+        return Answer(*(None if part is None else raised(part) for part in self))  # type: ignore[arg-type]
 
 
 class Guidance(nn.Module, ABC):
@@ -116,7 +122,8 @@ class SoftProbability(Guidance):
 class CosineMargin(Guidance):
     """[lower - d]_+ + [d - upper]_+ with d = 1 - cos(feature, mean feature of the class over finished batches).
 
-    Zhong et al., "IntraQ", CVPR 2022, arXiv 2111.09136. Classes without a finished image cost nothing.
+    Zhong et al., "IntraQ", CVPR 2022, arXiv 2111.09136. Classes without a finished image cost nothing. With both bounds
+    off it asks for no features and keeps nothing, so that batches of images are independent.
 
     Args:
         weight: of the term.
@@ -124,8 +131,6 @@ class CosineMargin(Guidance):
         upper: 0.8 for CIFAR-10, 1 for CIFAR-100; 2 is off.
     """
 
-    uses_features = True
-    uses_earlier = True
     sums: Tensor
     counts: Tensor
 
@@ -135,6 +140,7 @@ class CosineMargin(Guidance):
             raise ValueError(f"guidance.lower, upper: expected 0 <= lower <= upper <= 2, got {lower} and {upper}")
         self.lower = lower
         self.upper = upper
+        self.uses_features = self.uses_earlier = lower > 0 or upper < 2
 
     def bind(self, classes: int, width: int) -> None:
         self.register_buffer("sums", torch.zeros(classes, width))
@@ -146,11 +152,15 @@ class CosineMargin(Guidance):
 
     @torch.no_grad()
     def remember(self, answer: Answer) -> None:
+        if not self.uses_earlier:
+            return
         assert answer.features is not None
         self.sums += answer.labels.mT @ answer.features
         self.counts += answer.labels.sum(0).unsqueeze(1)
 
     def penalty(self, answer: Answer) -> Tensor:
+        if not self.uses_features:
+            return answer.logits.new_zeros(())
         assert answer.features is not None
         known = (answer.labels @ (self.counts > 0).float()).squeeze(1)
         centres = answer.labels @ (self.sums / self.counts.clamp_min(1))
@@ -222,9 +232,13 @@ class Guides(nn.Module):
         for term in self.terms.values():
             term.remember(answer)
 
-    def forward(self, images: Tensor, answer: Answer) -> dict[str, Tensor]:
-        """Return the weighted terms by name; the student is asked for its answer to `images` if a term needs it."""
+    def ask_student(self, images: Tensor, answer: Answer) -> Answer:
+        """Return `answer` with the student's to the same images, if a term needs it."""
         student = self._student[0]
-        if student is not None and any(term.uses_student for term in self.terms.values()):
-            answer = answer._replace(student=student(images))
+        if student is None or not any(term.uses_student for term in self.terms.values()):
+            return answer
+        return answer._replace(student=student(images))
+
+    def forward(self, answer: Answer) -> dict[str, Tensor]:
+        """Return the weighted terms by name."""
         return {name: term(answer) for name, term in self.terms.items()}

@@ -64,6 +64,21 @@ class _MapMoments(torch.autograd.Function):
         return (x * slope.view(shape)).add_(offset.view(shape))
 
 
+def raised(x: Tensor) -> Tensor:
+    """Return half precision as float32, everything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def exactly(x: Tensor) -> torch.autocast:
+    """Return a context for sums of squares and what else half precision would spoil: no autocast on x's device."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def side_by_side(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of several layers as one row a sample, or one row for a batch: (rows, sum of C)."""
+    return Moments(*(torch.atleast_2d(torch.cat(column, -1)) for column in zip(*parts, strict=True)))
+
+
 def moments(x: Tensor, reduction: Reduction = "batch", unbiased: bool = False) -> Moments:
     """Return the moments of `x`, always finite for finite `x`.
 
@@ -73,8 +88,7 @@ def moments(x: Tensor, reduction: Reduction = "batch", unbiased: bool = False) -
             -> (C,). For "all" the caller merges the batches (see `merge`).
         unbiased: divide by n - 1. A single observation has variance 0 (not NaN).
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
+    x = raised(x)
     if x.dim() == 2:
         x = x.unsqueeze(-1)
     mean, var = _MapMoments.apply(x)  # type: ignore[misc]

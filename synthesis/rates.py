@@ -14,16 +14,29 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from synthesis.stages import Stages
+
 
 class Rate(ABC):
     """A factor for the learning rate. What it keeps between steps stands in `state`, plain numbers only."""
 
+    reads_loss = False
+
     def __init__(self) -> None:
         self.state: dict[str, float] = {}
 
+    def plan(self, steps: int) -> None:  # noqa: B027  most rates do not ask
+        """Learn how many steps a batch of images takes, before the first."""
+
     @abstractmethod
     def factor(self, step: int, loss: float, lr: float) -> float:
-        """Return the factor after `step` steps; `loss` is that of the step just done, `lr` the group's first rate."""
+        """Return the factor after `step` steps.
+
+        Args:
+            step: how many are done.
+            loss: of the last of them; NaN where the rate does not read it.
+            lr: the group's first rate.
+        """
 
 
 class Constant(Rate):
@@ -45,6 +58,26 @@ class Exponential(Rate):
         return self.by ** (step // self.every)
 
 
+class Staircase(Rate):
+    """Multiply by `by` at the end of each stage (GDFQ: at a quarter, half and three quarters).
+
+    Args:
+        shares: length of each stage, in proportion; see `Stages`.
+        by: factor between one stage and the next.
+    """
+
+    def __init__(self, shares: Sequence[int], by: float = 0.1) -> None:
+        super().__init__()
+        self.stages = Stages(shares)
+        self.by = by
+
+    def plan(self, steps: int) -> None:
+        self.stages.plan(steps)
+
+    def factor(self, step: int, loss: float, lr: float) -> float:
+        return self.by ** min(self.stages.index(step), len(self.stages.shares) - 1)
+
+
 class Plateau(Rate):
     """Multiply by 0.1 when the loss has not fallen by a ten-thousandth for more than `patience` steps.
 
@@ -54,6 +87,8 @@ class Plateau(Rate):
         patience: steps without improvement.
         min_lr: the learning rate never falls below.
     """
+
+    reads_loss = True
 
     def __init__(self, patience: int = 100, min_lr: float = 1e-4) -> None:
         super().__init__()
@@ -78,28 +113,28 @@ class Plateau(Rate):
 
 
 class WarmCosine(Rate):
-    """Linear warm-up, then half a cosine to zero; once for each of `lengths` steps, one after the other.
+    """Linear warm-up, then half a cosine to zero; once for each stage, one after the other.
 
     Args:
-        lengths: steps of each stage, one for each resolution.
-        warmup: steps of the linear rise at the beginning of each stage.
+        shares: length of each stage, one for each resolution, in proportion; see `Stages`.
+        warmup: steps, out of the sum of `shares`, of the linear rise at the beginning of each stage.
     """
 
-    def __init__(self, lengths: Sequence[int], warmup: int = 100) -> None:
+    def __init__(self, shares: Sequence[int], warmup: int = 100) -> None:
         super().__init__()
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths: expected a positive number of steps for each stage, got {list(lengths)}")
-        self.lengths = list(lengths)
+        self.stages = Stages(shares)
         self.warmup = warmup
 
+    def plan(self, steps: int) -> None:
+        self.stages.plan(steps)
+
     def factor(self, step: int, loss: float, lr: float) -> float:
-        for length in self.lengths:
-            if step < length:
-                break
-            step -= length
-        else:
+        stage = self.stages.index(step)
+        if stage == len(self.stages.shares):
             return 0.0
-        warmup = min(self.warmup, length)
+        start, end = self.stages.starts[stage], self.stages.ends[stage]
+        step, length = step - start, end - start
+        warmup = min(self.stages.scaled(self.warmup), length)
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(length - warmup, 1)))
@@ -124,10 +159,17 @@ class Rates:
         self.rates = copy.deepcopy(list(rates))  # a second optimizer starts anew
         self.base = [float(group["lr"]) for group in groups]
         self.steps = 0
+        self.reads_loss = any(rate.reads_loss for rate in self.rates)
+        self._set(math.inf)
+
+    def plan(self, steps: int) -> None:
+        """Learn how many steps a batch of images takes, before the first."""
+        for rate in self.rates:
+            rate.plan(steps)
         self._set(math.inf)
 
     def step(self, loss: float) -> None:
-        """Advance by one step whose loss was `loss`."""
+        """Advance by one step whose loss was `loss`, which only rates that `reads_loss` look at."""
         self.steps += 1
         self._set(loss)
 

@@ -100,11 +100,16 @@ class LayerStatistics:
         self._read(self.names[module], output)
 
     def _read(self, name: str, x: Tensor) -> None:
-        seen, count = self.probe.measure(x), x[0, 0].numel()
-        if name in self._seen:
-            seen = merge([self._seen[name], seen], [self._counts[name], count])
-            count += self._counts[name]
-        self._seen[name], self._counts[name] = seen, count
+        earlier = (self._seen[name], self._counts[name]) if name in self._seen else None
+        self._seen[name], self._counts[name] = observed(self.probe, x, earlier)
+
+
+def observed(probe: Probe, x: Tensor, earlier: tuple[Moments, int] | None) -> tuple[Moments, int]:
+    """Return the moments of `x` and the positions they stand for, merged with what the same layer saw before."""
+    seen, count = probe.measure(x), x[0, 0].numel()
+    if earlier is None:
+        return seen, count
+    return merge([earlier[0], seen], [earlier[1], count]), earlier[1] + count
 
 
 def device_of(network: nn.Module) -> torch.device:

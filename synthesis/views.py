@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synthesis.stages import Stages
+
 
 class View(ABC):
     """A differentiable, possibly random, change of the images."""
+
+    @property
+    def settled_from(self) -> int:
+        """The first step of the last stage; before it images may still be coarse."""
+        return 0
+
+    def plan(self, steps: int) -> None:  # noqa: B027  most views do not ask
+        """Learn how many steps a batch of images takes, once, before the first."""
 
     @abstractmethod
     def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
@@ -29,19 +39,27 @@ class Identity(View):
 class RollFlip(View):
     """Roll all images by one random offset and flip them all, or none (DeepInversion, arXiv 1912.08795).
 
+    What leaves the image at one border comes back at the other, as in the released code.
+
     Args:
         shift: largest offset in pixels, in both directions.
         flip: probability of the horizontal flip.
+        size: height of the images that `shift` is meant for; at other heights it is scaled, so that it means the same
+            share of the image. 30 pixels would tear images of 28 apart anywhere. None: pixels, whatever the height.
     """
 
-    def __init__(self, shift: int = 30, flip: float = 0.5) -> None:
+    def __init__(self, shift: int = 30, flip: float = 0.5, *, size: int | None = None) -> None:
         if shift < 0:
             raise ValueError(f"shift: expected a number of pixels >= 0, got {shift}")
+        if size is not None and size < 1:
+            raise ValueError(f"size: expected the height of an image, or null for shifts in pixels, got {size}")
         self.shift = shift
         self.flip = _probability("flip", flip)
+        self.size = size
 
     def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
-        down, right = torch.randint(-self.shift, self.shift + 1, (2,), generator=rng).tolist()
+        shift = self.shift if self.size is None else round(self.shift * images.shape[2] / self.size)
+        down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
         images = images.roll((down, right), (2, 3))
         return images.flip(3) if _coin(self.flip, rng) else images
 
@@ -103,25 +121,29 @@ class AveragePool(View):
 
 
 class InTurn(View):
-    """One view for the first so many steps, the next for the following, and so on: coarse images first.
+    """One view for the first stage, the next for the following, and so on: coarse images first.
 
     Args:
         views: in order.
-        steps: of each view; the last view stays for what is left.
+        shares: length of each view's stage, in proportion; see `Stages`.
     """
 
-    def __init__(self, views: Sequence[View], steps: Sequence[int]) -> None:
-        if len(views) != len(steps) or not views or min(steps) < 1:
-            raise ValueError(f"steps: expected a positive number for each of {len(views)} views, got {list(steps)}")
+    def __init__(self, views: Sequence[View], shares: Sequence[int]) -> None:
+        if len(views) != len(shares):
+            raise ValueError(f"shares: expected a positive number for each of {len(views)} views, got {list(shares)}")
         self.views = list(views)
-        self.steps = list(steps)
+        self.stages = Stages(shares)
+
+    @property
+    def settled_from(self) -> int:
+        return self.stages.starts[-1]
+
+    def plan(self, steps: int) -> None:
+        self.stages.plan(steps)
 
     def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
-        for view, length in zip(self.views, self.steps, strict=True):
-            if step < length:
-                return view(images, rng, step)
-            step -= length
-        return self.views[-1](images, rng, step)
+        stage = min(self.stages.index(step), len(self.views) - 1)
+        return self.views[stage](images, rng, step)
 
 
 class AllOf(View):
@@ -129,6 +151,14 @@ class AllOf(View):
 
     def __init__(self, views: Sequence[View]) -> None:
         self.views = list(views)
+
+    @property
+    def settled_from(self) -> int:
+        return max((view.settled_from for view in self.views), default=0)
+
+    def plan(self, steps: int) -> None:
+        for view in self.views:
+            view.plan(steps)
 
     def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
         for view in self.views:

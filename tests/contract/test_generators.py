@@ -24,11 +24,11 @@ def teacher() -> Teacher:
     return instantiate(composed(["model=tiny"]).model)
 
 
-def build(option: str, teacher: Teacher, count: int = COUNT) -> GeneratorModule:
+def build(option: str, teacher: Teacher, *overrides: str, count: int = COUNT, steps: int = 2) -> GeneratorModule:
     """A preset with two steps, and with its published batch and noise images made small."""
-    cfg = composed(["model=tiny", f"generator={option}"]).generator
+    cfg = composed(["model=tiny", f"generator={option}", *overrides]).generator
     with open_dict(cfg):
-        cfg.steps = min(cfg.steps, 2)
+        cfg.steps = min(cfg.steps, steps)
         cfg.batch_size = None if cfg.batch_size is None else min(cfg.batch_size, 4)
         if cfg.get("slack") is not None:
             cfg.slack.images = 8
@@ -65,6 +65,47 @@ def test_published_steps_and_batch_are_the_defaults(option: str) -> None:
     cfg = composed([f"generator={option}"]).generator
     assert cfg.steps in (0, 120, 500, 1000, 2000, 3000, 4000, 80000)
     assert cfg.batch_size is None or cfg.batch_size >= 16
+
+
+@pytest.mark.parametrize("option", GENERATORS)
+def test_any_number_of_steps_ends_at_full_resolution(option: str, teacher: Teacher) -> None:
+    images = torch.zeros(2, *teacher.input_size)
+    for steps in (1, 2, 7, 200):
+        module = build(option, teacher, steps=steps)
+        assert module.view.settled_from < max(module.steps, 1)
+        assert module.view(images, seeded(0), module.steps - 1).shape == images.shape
+
+
+@pytest.mark.parametrize("option", GENERATORS)
+def test_says_how_it_runs_without_a_new_key(option: str, teacher: Teacher) -> None:
+    module = build(option, teacher, "generator.early_stop=50", "generator.channels_last=true", "generator.surgery=null")
+    assert module.settling.patience == 50
+    convolutions = [m for m in module.alignment.network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    compiled = build(option, teacher, "generator.compile=eager", "generator.surgery=null", "generator.finalize=null")
+    assert compiled.compile_backend == "eager"
+
+
+@pytest.mark.parametrize(
+    ("option", "ends"),
+    [
+        ("deepinversion", [2000, 3000]),
+        ("adaptive_deepinversion", [2000, 3000]),
+        ("deepinversion_cifar", [2000]),
+        ("gdfq", [20000, 40000, 60000, 80000]),
+        ("gdfq_imagenet", [20000, 40000, 60000, 80000]),
+        ("qimera", [20000, 40000, 60000, 80000]),
+        ("qimera_imagenet", [20000, 40000, 60000, 80000]),
+    ],
+)
+def test_published_stages_are_those_of_the_published_steps(option: str, ends: list[int]) -> None:
+    cfg = composed([f"generator={option}"]).generator
+    stages = [instantiate(rate).stages for rate in cfg.schedule.rates]
+    if "shares" in cfg.view:
+        stages.append(instantiate(cfg.view).stages)
+    for found in stages:
+        found.plan(cfg.steps)
+        assert found.ends == ends
 
 
 @pytest.mark.parametrize("option", ["noise", "uniform_noise"])

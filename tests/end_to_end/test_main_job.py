@@ -13,6 +13,7 @@ import torch
 import wandb
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,6 +128,13 @@ def test_targets_are_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest
     with open_dict(cfg):
         cfg.paths.store = str(first / "store")
     run_job(cfg)
+
+
+def test_only_the_main_process_draws_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    overrides = [*SMALL, "generator=dsg", "generator.slack.images=8", "reconstruction=none"]
+    assert run_job(composed(overrides, tmp_path)) == {}
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_images_are_synthesised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,11 @@ from synthesis.criteria import LayerwiseEnhancement
 from synthesis.decorrelation import Decorrelation
 from synthesis.moments import Probe
 from synthesis.priors import TotalVariation
+from synthesis.rates import Rates, WarmCosine
 from synthesis.seeding import seeded
 from synthesis.sources import Pixels
 from synthesis.targets import Slack
-from synthesis.views import RandomResizedCrop, RollFlip
+from synthesis.views import AveragePool, Identity, InTurn, RandomResizedCrop, RollFlip
 
 SIZE = (3, 8, 8)
 CONF = Path(__file__).parents[2] / "conf" / "generator"
@@ -276,14 +277,14 @@ def test_presets_run(network: CifarResNet, preset: str) -> None:
     trainer(module).fit(module)
     assert module.images.shape == (9, *SIZE)
     assert module.images.isfinite().all()
-    assert module.source.batch_size == {"zeroq": 64, "dsg": 7, "dsg_journal": 40}[preset]
+    assert module.source.batch_size == {"zeroq": 64, "dsg": 7, "dsg_journal": 7}[preset]
     parts = (type(module.alignment.targets).__name__, type(module.alignment.layer_weights).__name__, *module.priors)
     assert (
         parts
         == {
             "zeroq": ("BNTargets", "Uniform"),
             "dsg": ("Slack", "LayerwiseEnhancement"),
-            "dsg_journal": ("Slack", "Uniform", "total_variation", "l2", "decorrelation"),
+            "dsg_journal": ("Slack", "LayerwiseEnhancement", "total_variation", "l2", "decorrelation"),
         }[preset]
     )
 
@@ -294,6 +295,7 @@ def test_presets_run(network: CifarResNet, preset: str) -> None:
         ("dsg", {"sda": False}),
         ("dsg", {"lse": False, "batch_size": 3}),
         ("dsg_journal", {"sci": False, "priors": {"l2": None}}),
+        ("dsg_journal", {"lse": False, "batch_size": 40}),
     ],
 )
 def test_parts_can_be_switched_off(network: CifarResNet, preset: str, change: dict[str, Any]) -> None:
@@ -334,6 +336,64 @@ def test_early_stop_ends_a_batch_without_progress_and_keeps_its_images(network: 
     assert whole.steps == [200, 200]
 
 
+def coarse_first() -> InTurn:
+    return InTurn([AveragePool(2), Identity()], [2, 1])
+
+
+def test_early_stop_leaves_no_coarse_stage_unfinished(network: CifarResNet) -> None:
+    still = {"optimizer": functools.partial(torch.optim.SGD, lr=0.0), "schedule": None, "count": 8, "steps": 210}
+    module, glimpse = build(network, early_stop=25, view=coarse_first(), **still), GlimpseOf()
+    trainer(module, callbacks=[glimpse]).fit(module)
+    assert glimpse.steps == [176, 176]  # fine from 140 on, so looked at after 151 and 176 steps
+
+
+class SaveAtEpochEnd(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path / "epoch.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("place", ["step=26", "epoch", "step=29"])
+def test_a_batch_after_one_that_ended_early_is_whole_also_when_resumed(
+    network: CifarResNet, tmp_path: Path, place: str
+) -> None:
+    """The first batch stands still and ends after 26 of 30 steps; so does each other one, and none is left unmade."""
+    still = {"optimizer": functools.partial(torch.optim.SGD, lr=0.0), "schedule": None, "count": 12, "steps": 30}
+    module, glimpse = build(network, early_stop=25, **still), GlimpseOf()
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    keep = {"enable_checkpointing": True}
+    trainer(module, callbacks=[glimpse, checkpoint, SaveAtEpochEnd(tmp_path)], **keep).fit(module)
+    assert glimpse.steps == [26, 26, 26]
+    expected = torch.cat([torch.randn(4, *SIZE, generator=seeded(0, "source", epoch)) for epoch in range(3)])
+    assert torch.equal(module.images, expected)
+    resumed = build(network, early_stop=25, **still)
+    trainer(resumed, callbacks=[checkpoint], **keep).fit(resumed, ckpt_path=tmp_path / f"{place}.ckpt")
+    assert torch.equal(resumed.images, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_resumed_on_either_side_of_a_stage_is_bitwise_the_uninterrupted_run(
+    network: CifarResNet, tmp_path: Path, step: int
+) -> None:
+    def compose() -> GeneratorModule:
+        rates = functools.partial(Rates, rates=[WarmCosine([2000, 1000])])
+        return build(network, view=coarse_first(), schedule=rates, early_stop=25, count=4)
+
+    whole, stopped, resumed = (compose() for _ in range(3))
+    trainer(whole).fit(whole)
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    with pytest.raises(Interrupt):
+        trainer(stopped, callbacks=[checkpoint, InterruptAt(step)], enable_checkpointing=True).fit(stopped)
+    path = tmp_path / f"step={step}.ckpt"
+    trainer(resumed, callbacks=[checkpoint], enable_checkpointing=True).fit(resumed, ckpt_path=path)
+    assert torch.equal(resumed.images, whole.images)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_early_stop_resumes_where_it_was(network: CifarResNet, tmp_path: Path) -> None:
     slow = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-5), "schedule": None, "count": 4, "steps": 90}
@@ -368,9 +428,22 @@ def test_generators_labels_and_margins_resume_bitwise(network: CifarResNet, tmp_
     assert torch.equal(resumed.images, whole.images)
 
 
-def test_enhancement_with_another_batch_size_is_refused(network: CifarResNet) -> None:
-    with pytest.raises(ValueError, match="batch_size: layer-wise enhancement"):
-        make(network, layer_weights=LayerwiseEnhancement())
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({}, r"batch_size: layer-wise enhancement .* \(7\), got 4\. Set generator\.batch_size=null"),
+        (
+            {"batch_size": None, "probe": Probe("batch")},
+            r"reduction: layer-wise .* Set generator\.probe\.reduction=sample",
+        ),
+    ],
+)
+def test_enhancement_that_cannot_be_is_refused_before_anything_is_measured(
+    network: CifarResNet, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], remedy: str
+) -> None:
+    monkeypatch.setattr("synthesis.targets.Slack.targets", lambda *arguments: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=remedy):
+        build(network, layer_weights=LayerwiseEnhancement(), slack=Slack, **change)
 
 
 def test_steps_count_and_resume() -> None:

@@ -85,6 +85,13 @@ def test_margin_that_is_off_costs_nothing(answer: Answer) -> None:
     term.bind(K, F_)
     term.remember(answer)
     assert float(term(answer)) == pytest.approx(0, abs=1e-6)
+    assert float(term(answer._replace(features=None))) == 0
+    assert not term.uses_features
+    assert not term.uses_earlier
+    for lower, upper in ((0.0, 1.0), (0.1, 2.0)):
+        half = CosineMargin(1.0, lower=lower, upper=upper)
+        assert half.uses_features
+        assert half.uses_earlier
 
 
 def test_competition_is_one_minus_the_jensen_shannon_divergence(answer: Answer) -> None:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR, ReduceLROnPlateau
 
-from synthesis.rates import Constant, Exponential, Plateau, Rates, WarmCosine
+from synthesis.rates import Constant, Exponential, Plateau, Rates, Staircase, WarmCosine
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
@@ -57,6 +57,37 @@ def test_warm_cosine_rises_falls_and_starts_again() -> None:
     assert found[15] < found[13] < found[12] == 1.0
 
 
+def test_warm_cosine_keeps_its_proportions() -> None:
+    published, planned = WarmCosine([2000, 1000], warmup=100), WarmCosine([20, 10], warmup=1)
+    planned.plan(3000)
+    assert [planned.factor(step, 0.0, 1.0) for step in range(3001)] == [
+        published.factor(step, 0.0, 1.0) for step in range(3001)
+    ]
+    planned.plan(300)
+    assert [planned.factor(step, 0.0, 1.0) for step in (9, 199, 200, 209)] == pytest.approx([1, 0, 0.1, 1], abs=1e-4)
+    for steps in (1, 2, 7):  # too few for a warm-up
+        planned.plan(steps)
+        assert all(0 < planned.factor(step, 0.0, 1.0) <= 1 for step in range(steps))
+
+
+def test_staircase_against_torch() -> None:
+    ours, theirs = optimizer(0.5), optimizer(0.5)
+    mine = Rates(ours, rates=[Staircase([2000, 2000, 2000, 2000], 0.1)])
+    mine.plan(12)
+    reference = MultiStepLR(theirs, [3, 6, 9], 0.1)
+    for _ in range(15):
+        theirs.step()
+        mine.step(math.nan)
+        reference.step()
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9)
+
+
+def test_only_a_plateau_reads_the_loss() -> None:
+    assert Rates(optimizer(1), rates=[Plateau()]).reads_loss
+    assert not Rates(optimizer(1), rates=[WarmCosine([3])]).reads_loss
+    assert Rates(optimizer(1, 1), rates=[Exponential(), Plateau()]).reads_loss
+
+
 def test_state_goes_on_where_it_stopped() -> None:
     first, second = optimizer(0.5), optimizer(0.5)
     whole = Rates(first, rates=[Plateau(2)])
@@ -88,5 +119,5 @@ def test_a_second_optimizer_does_not_inherit_the_first_one_s_plateau() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"schedule\.rates: expected 1 or 3"):
         Rates(optimizer(1, 2, 3), rates=[Constant(), Constant()])
-    with pytest.raises(ValueError, match="lengths"):
+    with pytest.raises(ValueError, match="shares"):
         WarmCosine([])

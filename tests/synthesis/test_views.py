@@ -113,5 +113,27 @@ def test_views_in_turn_and_all_of_them() -> None:
     assert [view(images, rng(), step).shape[-1] for step in range(8)] == [2, 2, 4, 4, 4, 8, 8, 8]
     both = AllOf([AveragePool(2), RollFlip(0, flip=1.0)])
     assert torch.equal(both(images, rng()), F.avg_pool2d(images, 2).flip(3))
-    with pytest.raises(ValueError, match="steps: expected a positive number for each of 2 views"):
+    with pytest.raises(ValueError, match="shares: expected a positive number for each of 2 views"):
         InTurn([Identity(), Identity()], [3])
+
+
+def test_views_in_turn_keep_their_proportions() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    view = AllOf([Identity(), InTurn([AveragePool(2), Identity()], [2000, 1000])])
+    assert view.settled_from == 2000
+    view.plan(9)
+    assert [view(images, rng(), step).shape[-1] for step in range(10)] == 6 * [4] + 4 * [8]
+    assert view.settled_from == 6
+    assert RandomResizedCrop().settled_from == 0
+
+
+@pytest.mark.parametrize(("height", "reach"), [(224, 30), (112, 15), (28, 4)])
+def test_a_shift_means_the_same_share_of_every_height(height: int, reach: int) -> None:
+    columns = torch.arange(height).expand(1, 1, height, height)
+    offsets = set()
+    for seed in range(600):
+        first = int(RollFlip(30, 0.0, size=224)(columns, rng(seed))[0, 0, 0, 0])
+        offsets.add((-first + height // 2) % height - height // 2)
+    assert (min(offsets), max(offsets)) == (-reach, reach)
+    with pytest.raises(ValueError, match="size: expected the height"):
+        RollFlip(30, size=0)
