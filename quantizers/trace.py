@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,27 @@ log = logging.getLogger(__name__)
 ROOT = "network"  # module path below which a network stands that could not be traced at all
 
 
+class StoredNorm(NamedTuple):
+    """What a batch normalisation says of its own output: mean `beta` and standard deviation `gamma`, both (C,).
+
+    gamma is |weight| sqrt(var / (var + eps)): the weight itself would promise too much where the stored variance is
+    as small as eps, in channels that died in training.
+    """
+
+    beta: Tensor
+    gamma: Tensor
+
+
 class Trace(NamedTuple):
     """`graph_module`: the network in evaluation mode, sharing nothing with the caller's; each node has in `meta`
     "scope" (path of the innermost module that ran it), "is_tensor" and "shape" (of the example; None if no tensor).
-    `opaque`: path of every module that was left as a leaf because tracing it failed, with the reason.
+    `opaque`: path of every module that was left as a leaf because tracing it failed, with the reason. `norms`: what the
+    normalisation stored that `fold` joined to the layer, or froze, at this path; empty before folding.
     """
 
     graph_module: fx.GraphModule
     opaque: dict[str, str]
+    norms: Mapping[str, StoredNorm] = MappingProxyType({})
 
 
 class ScopeTracer(fx.Tracer):
