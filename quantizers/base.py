@@ -122,7 +122,9 @@ class Quantizer(nn.Module, ABC):
                 f"{self.scale.numel()}; set weight.channel_axis=0, or leave out the correction that rescales channels"
             )
         if not bool((torch.isfinite(factor) & (factor > 0)).all()):
-            raise ValueError(f"factor: expected positive and finite, got {float(factor.min())} to {float(factor.max())}")
+            raise ValueError(
+                f"factor: expected positive and finite, got {float(factor.min())} to {float(factor.max())}"
+            )
         factor = factor.view_as(self.scale).to(self.scale)
         self.scale.mul_(factor)
         self.rescale_state(factor)

@@ -25,8 +25,8 @@ SITES = "activation_sites"  # the sites stand in the student at activation_sites
 
 class Conversion(NamedTuple):
     """`student`: the network with quantizers; `reference`: the same graph in float, same node names; `report`: a row
-    for each quantizer; `left_float`: what has weights but no quantizer, and why; `norms`: what the normalisations stored
-    that were folded into layers or frozen, by module path.
+    for each quantizer; `left_float`: what has weights but no quantizer, and why; `norms`: what the normalisations
+    stored that were folded into layers or frozen, by module path.
     """
 
     student: fx.GraphModule

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class Trace(NamedTuple):
 
     graph_module: fx.GraphModule
     opaque: dict[str, str]
-    norms: Mapping[str, StoredNorm] = MappingProxyType({})
+    norms: dict[str, StoredNorm]
 
 
 class ScopeTracer(fx.Tracer):
@@ -141,7 +140,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         reason = _reason(error)
     log.warning("%s cannot be traced: %s. Its layers are quantized in place.", type(model).__name__, reason)
     whole = _trace(_Opaque(_frozen_copy(model)), frozenset({ROOT}), probe)
-    return Trace(whole.graph_module, {ROOT: reason})
+    return Trace(whole.graph_module, {ROOT: reason}, {})
 
 
 def _trace(network: nn.Module, leaves: frozenset[str], probe: Tensor) -> Trace:
@@ -152,7 +151,7 @@ def _trace(network: nn.Module, leaves: frozenset[str], probe: Tensor) -> Trace:
     propagation = _ShapePropagation(graph_module, tracer.opaque)
     propagation.run(probe.clone())
     called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"} - propagation.plain
-    return Trace(graph_module, {path: why for path, why in tracer.opaque.items() if path in called})
+    return Trace(graph_module, {path: why for path, why in tracer.opaque.items() if path in called}, {})
 
 
 def _linear_in_weight(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
