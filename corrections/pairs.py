@@ -73,7 +73,7 @@ def _passes(user: fx.Node, node: fx.Node, operators: Operators, features: bool) 
     if name in POOLINGS:
         return len(before) == len(after)
     single = all(size == 1 for size in (*before[2:], *after[2:]))  # one position: only the axes of size 1 go
-    return name in FLATTENING and len(after) >= 2 and before[:2] == after[:2] and single
+    return bool(name in FLATTENING and len(after) >= 2 and before[:2] == after[:2] and single)
 
 
 def _fits(read: fx.Node, layers: dict[fx.Node, Any], first: fx.Node, second: fx.Node) -> bool:
@@ -83,7 +83,7 @@ def _fits(read: fx.Node, layers: dict[fx.Node, Any], first: fx.Node, second: fx.
         return False
     axis = len(shape) - 1 if isinstance(source, nn.Linear) else 1
     wanted = len(shape) - 1 if isinstance(reader, nn.Linear) else 1
-    return axis == wanted and {len(output_first(source)), input_channels(reader)} == {shape[axis]}
+    return bool(axis == wanted and {len(output_first(source)), input_channels(reader)} == {shape[axis]})
 
 
 def _is_relu6(node: fx.Node, operators: Operators) -> bool:
@@ -96,7 +96,7 @@ def _is_relu6(node: fx.Node, operators: Operators) -> bool:
     if name == "hardtanh" and module is not None:
         return float(module.min_val) == 0.0  # type: ignore[arg-type]
     bounds = [*node.args[1:], *node.kwargs.values()]
-    return name in ("hardtanh", "clamp", "clip") and len(bounds) == 2 and bounds[0] == 0 and bounds[1] is not None
+    return name in ("hardtanh", "clamp", "clip") and len(bounds) == 2 and bounds[0] in (0, 0.0) and bounds[1] is not None
 
 
 def to_relu(node: fx.Node) -> None:
