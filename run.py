@@ -35,6 +35,7 @@ from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
+RECONSTRUCTED = "reconstructed.safetensors"  # the student before corrections, until these are done
 RECIPE_VERSION = 1  # raise it when the same settings make other images than before
 
 
@@ -56,14 +57,17 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             images = calibration_images(job, teacher)
             set_ranges(job, teacher, conversion, images)
             learns = job.cfg.reconstruction.phases != "none"
-            networks["nearest"] = hardened_copy(conversion.student) if learns else conversion.student
+            changes = learns or job.corrections.changes_students
+            networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:
-                reconstruct(job, conversion, images)
+                reconstruct(job, conversion, images, identity)
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
+                correct(job, teacher, conversion, images)
                 save_student(conversion.student, job.folder / STUDENT, identity)
+                (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
         metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
         conclude(job, teacher, conversion, metrics)
     return metrics
@@ -76,6 +80,7 @@ def expect_images(job: Job) -> None:
             "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
+    job.corrections.expect_images(job.source.origin)
 
 
 def make_student(job: Job, teacher: Teacher) -> Conversion:
@@ -89,6 +94,7 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
             instantiate(cfg.weight),
             instantiate(cfg.activation),
             instantiate(cfg.bits),
+            prepare=job.corrections.prepare,
         )
     quantizers = report.as_rows(conversion.report)
     title = f"quantizers, protocol {cfg.protocol.name}"
@@ -198,8 +204,11 @@ def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: Calib
             set_analytic_ranges(conversion, rule=images.rule)
 
 
-def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> None:
+def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages, identity: dict[str, str]) -> None:
     """Optimise the student unit by unit against the teacher, where there is something to learn."""
+    if job.cfg.resume and (job.folder / RECONSTRUCTED).exists():
+        load_student(conversion.student, job.folder / RECONSTRUCTED, identity)
+        return
     with job.stage("reconstruct"):
         module, datamodule = instantiate(job.cfg.reconstruction)(
             conversion=conversion, images=images.images, seed=job.cfg.seed
@@ -209,6 +218,16 @@ def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> 
             leave_process_group()
     path = job.folder / "units.csv" if job.is_main else None
     report.show_rows("units", module.results, show=job.cfg.show.units, path=path)
+    if job.corrections.changes_students and job.is_main:
+        save_student(conversion.student, job.folder / RECONSTRUCTED, identity)
+
+
+def correct(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
+    """Apply the corrections of the finished student in their order; those of the float graph came with conversion."""
+    if job.corrections.changes_students:
+        with job.stage("corrections"):
+            job.corrections.apply(job, teacher.network, conversion, images.images)
+    job.record.add(corrections=job.corrections.applied)
 
 
 def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:

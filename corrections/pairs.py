@@ -96,7 +96,8 @@ def _is_relu6(node: fx.Node, operators: Operators) -> bool:
     if name == "hardtanh" and module is not None:
         return float(module.min_val) == 0.0  # type: ignore[arg-type]
     bounds = [*node.args[1:], *node.kwargs.values()]
-    return name in ("hardtanh", "clamp", "clip") and len(bounds) == 2 and bounds[0] in (0, 0.0) and bounds[1] is not None
+    closed = len(bounds) == 2 and bounds[0] == 0 and bounds[1] is not None
+    return bool(name in ("hardtanh", "clamp", "clip") and closed)
 
 
 def to_relu(node: fx.Node) -> None:
