@@ -96,6 +96,7 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
             instantiate(cfg.bits),
             prepare=job.corrections.prepare,
         )
+    job.corrections.expect(conversion)
     quantizers = report.as_rows(conversion.report)
     title = f"quantizers, protocol {cfg.protocol.name}"
     path = job.folder / "quantizers.csv" if job.is_main else None

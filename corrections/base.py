@@ -41,6 +41,9 @@ class StudentCorrection(ABC):
 
     needs_images = True
 
+    def expect(self, conversion: Conversion) -> None:  # noqa: B027 - most have nothing to ask for
+        """Raise ValueError, before any work is done, for a student that cannot be corrected so."""
+
     @abstractmethod
     def apply(self, calibration: Calibration) -> Facts:
         """Change the student in place and return what was done."""

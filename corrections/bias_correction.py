@@ -8,6 +8,8 @@ propagated, where the paper covers BatchNorm and ReLU only.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, fx
 
@@ -16,17 +18,35 @@ from corrections.execution import output_moments, walk
 from corrections.layers import float_layer, own_layers, shift_outputs
 from quantizers.layer import TRANSPOSED, QuantizedLayer, output_first
 
+Layers = Literal["all", "without_batch_norm"]
+
 
 class BiasCorrection(StudentCorrection):
     """From images: every channel of every layer gets the mean that it has in the float reference.
 
     Layers are corrected in order of execution, each on the quantized inputs that it gets once all before it are
     corrected. Layers that run more than once, or stand inside a module that could not be traced, are left alone.
+
+    Args:
+        layers: "all", or "without_batch_norm": those into which no BatchNorm was folded. After BN re-estimation the
+            others have the means that BatchNorm stored; to move them to those of the images, where these differ, and
+            leave the deviations, makes activations shrink from layer to layer.
+
+    Raises:
+        ValueError: if `layers` is unknown.
     """
 
+    def __init__(self, *, layers: Layers = "all") -> None:
+        if layers not in get_args(Layers):
+            raise ValueError(f"layers: expected one of {', '.join(get_args(Layers))}, got {layers!r}")
+        self.layers = layers
+
     def apply(self, calibration: Calibration) -> Facts:
-        (student, reference, *_), images, batch_size, _ = calibration
-        layers = own_layers(student)
+        conversion, images, batch_size, _ = calibration
+        student, reference = conversion.student, conversion.reference
+        layers = list(own_layers(student))
+        if self.layers == "without_batch_norm":
+            layers = [path for path in layers if path not in conversion.norms]
         wanted = output_moments(reference, layers, images, batch_size)
         shifts = []
         for path, module, moments in walk(student, layers, images, batch_size):

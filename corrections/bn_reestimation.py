@@ -19,6 +19,8 @@ from typing import Literal
 from corrections.base import Calibration, Facts, StudentCorrection
 from corrections.execution import output_moments, walk
 from corrections.layers import own_layers, scale_outputs, shift_outputs
+from quantizers.convert import Conversion
+from quantizers.layer import QuantizedLayer
 from quantizers.trace import StoredNorm
 
 Target = Literal["batch_norm", "reference"]
@@ -35,7 +37,8 @@ class BNReestimation(StudentCorrection):
         largest_gain: bound on k and on 1 / k; null: none.
 
     Raises:
-        ValueError: if a number or the target is unknown, or there was no BatchNorm for "batch_norm".
+        ValueError: if a number or the target is unknown; later, if there was no BatchNorm for "batch_norm", or a weight
+            has one scale for all its channels.
     """
 
     def __init__(self, target: Target = "batch_norm", *, eps: float = 1e-5, largest_gain: float | None = 4.0) -> None:
@@ -47,7 +50,25 @@ class BNReestimation(StudentCorrection):
             raise ValueError(f"largest_gain: expected at least 1, or null for no bound, got {largest_gain}")
         self.target, self.eps, self.largest_gain = target, eps, largest_gain
 
+    def expect(self, conversion: Conversion) -> None:
+        layers = own_layers(conversion.student)
+        if self.target == "batch_norm":
+            layers = {path: node for path, node in layers.items() if path in conversion.norms}
+        if not layers:
+            raise ValueError(
+                "target: expected a network with BatchNorm behind its layers for 'batch_norm', got one without; use "
+                "corrections=bn_reestimation_reference, which takes the float network's statistics on the same images"
+            )
+        for path in layers:
+            layer = conversion.student.get_submodule(path)
+            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer.channel_axis is None:
+                raise ValueError(
+                    f"weight.channel_axis: expected a scale for each output channel, got one for all of {path!r}; set "
+                    "weight.channel_axis=0, or leave out BN re-estimation, whose factors scales have to follow"
+                )
+
     def apply(self, calibration: Calibration) -> Facts:
+        self.expect(calibration.conversion)
         student, images, batch_size = calibration.conversion.student, calibration.images, calibration.batch_size
         wanted = self._wanted(calibration)
         gains, shifts, bounded = [1.0], [0.0], 0
@@ -72,10 +93,4 @@ class BNReestimation(StudentCorrection):
         if self.target == "reference":
             found = output_moments(conversion.reference, layers, calibration.images, calibration.batch_size)
             return {path: StoredNorm(m.mean, m.var.sqrt()) for path, m in found.items()}
-        wanted = {path: conversion.norms[path] for path in layers if path in conversion.norms}
-        if not wanted:
-            raise ValueError(
-                "target: expected a network with BatchNorm behind its layers for 'batch_norm', got one without; use "
-                "corrections=bn_reestimation_reference, which takes the float network's statistics on the same images"
-            )
-        return wanted
+        return {path: conversion.norms[path] for path in layers if path in conversion.norms}

@@ -53,6 +53,12 @@ class Corrections:
                     "corrections=bias_correction_analytic or equalization, or calibration=synthetic"
                 )
 
+    def expect(self, conversion: Conversion) -> None:
+        """Refuse, before any work is done, what cannot be corrected in this student."""
+        for step in self.steps.values():
+            if isinstance(step, StudentCorrection):
+                step.expect(conversion)
+
     def prepare(self, traced: Trace) -> None:
         """Correct the folded float graph, in place, before it is converted."""
         if not self.steps:

@@ -109,3 +109,13 @@ def test_one_image_and_a_dead_channel_stay_finite() -> None:
     for correction in (BiasCorrection(), AnalyticBiasCorrection()):
         correction.apply(calibration(conversion, 1))
     assert all(value.isfinite().all() for value in conversion.student.state_dict().values())
+
+
+def test_only_layers_without_batch_norm_when_asked() -> None:
+    conversion = student_of(residual())
+    before = {key: value.clone() for key, value in conversion.student.state_dict().items()}
+    assert BiasCorrection(layers="without_batch_norm").apply(calibration(conversion))["layers"] == 1
+    after = conversion.student.state_dict()
+    assert {key for key in after if not torch.equal(after[key], before[key])} == {"fc.layer.bias"}
+    with pytest.raises(ValueError, match="layers: expected one of all, without_batch_norm"):
+        BiasCorrection(layers="some")  # type: ignore[arg-type]

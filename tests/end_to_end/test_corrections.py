@@ -111,6 +111,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: py
     assert facts_of(killed)["corrections"] == facts_of(whole)["corrections"]
 
 
+def test_what_cannot_be_corrected_is_said_before_work(tmp_path: Path) -> None:
+    cfg = composed([*NOISE, "corrections=light", "weight.channel_axis=null"], tmp_path)
+    with pytest.raises(ValueError, match=r"weight\.channel_axis=0, or leave out BN re-estimation"):
+        run_job(cfg)
+    assert set(facts_of(tmp_path)["stages"]) == {"teacher", "convert"}
+
+
 NO_IMAGES = [option for option in SMALL if not option.startswith("calibration.count")]
 
 
