@@ -34,15 +34,8 @@ from synthesis.analytic_ranges import set_analytic_ranges
 from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
-LEARNING = (
-    "reconstruction",
-    "protocol",
-    "weight",
-    "activation",
-    "bits",
-    "seed",
-    "trainer",
-)  # what a student depends on
+RECONSTRUCTED = "reconstructed.safetensors"  # the student before corrections, until these are done
+LEARNING = ("reconstruction", "protocol", "weight", "activation", "bits", "seed", "trainer")  # of a student
 
 
 def run_job(cfg: DictConfig) -> dict[str, float]:
@@ -63,14 +56,17 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             images = calibration_images(job, teacher)
             set_ranges(job, teacher, conversion, images)
             learns = job.cfg.reconstruction.phases != "none"
-            networks["nearest"] = hardened_copy(conversion.student) if learns else conversion.student
+            changes = learns or job.corrections.changes_students
+            networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:
-                reconstruct(job, conversion, images)
+                reconstruct(job, conversion, images, identity)
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
+                correct(job, teacher, conversion, images)
                 save_student(conversion.student, job.folder / STUDENT, identity)
+                (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
             job.forget_checkpoints()
         metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
         conclude(job, teacher, conversion, metrics)
@@ -84,6 +80,7 @@ def expect_images(job: Job) -> None:
             "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
+    job.corrections.expect_images(job.source.origin)
 
 
 def make_student(job: Job, teacher: Teacher) -> Conversion:
@@ -97,7 +94,9 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
             instantiate(cfg.weight),
             instantiate(cfg.activation),
             instantiate(cfg.bits),
+            prepare=job.corrections.prepare,
         )
+    job.corrections.expect(conversion)
     quantizers = report.as_rows(conversion.report)
     title = f"quantizers, protocol {cfg.protocol.name}"
     path = job.folder / "quantizers.csv" if job.is_main else None
@@ -124,12 +123,15 @@ def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: Calib
         if images.rule is None:
             calibrate_ranges(conversion.student, images.images, job.cfg.batch_size)
         else:
-            set_analytic_ranges(conversion.student, teacher.network, teacher.input_size, rule=images.rule)
+            set_analytic_ranges(conversion, rule=images.rule)
 
 
-def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> None:
+def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages, identity: dict[str, str]) -> None:
     """Optimise the student unit by unit against the teacher, where there is something to learn."""
     cfg = job.cfg
+    if cfg.resume and (job.folder / RECONSTRUCTED).exists():
+        load_student(conversion.student, job.folder / RECONSTRUCTED, identity)
+        return
     with job.stage("reconstruct"):
         build = functools.partial(
             instantiate(cfg.reconstruction), conversion=conversion, images=images.images, seed=cfg.seed
@@ -150,6 +152,16 @@ def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> 
             rows = module.results
     path = job.folder / "units.csv" if job.is_main else None
     report.show_rows("units", rows, show=cfg.show.units, path=path)
+    if job.corrections.changes_students and job.is_main:
+        save_student(conversion.student, job.folder / RECONSTRUCTED, identity)
+
+
+def correct(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
+    """Apply the corrections of the finished student in their order; those of the float graph came with conversion."""
+    if job.corrections.changes_students:
+        with job.stage("corrections"):
+            job.corrections.apply(job, teacher.network, conversion, images.images)
+    job.record.add(corrections=job.corrections.applied)
 
 
 def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:

@@ -152,6 +152,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "iterations": config["reconstruction"].get("iterations"),
         "test_images": facts["test_images"],
         "config_hash": facts["config_hash"],
+        "corrections": "+".join(config.get("corrections", {})) or "none",
     }
 
 

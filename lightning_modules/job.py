@@ -25,6 +25,7 @@ from callbacks import report
 from callbacks.run_record import RunRecord
 from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
+from lightning_modules.corrections import Corrections
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Job:
     Attributes:
         cfg: the run's configuration; with `resume` or `evaluate` the one saved in that folder.
         source: where the calibration images come from.
+        corrections: what is corrected before conversion and after reconstruction.
         folder: where the run's files go.
         record: facts for `record.json`.
         ledger: every real data set that is opened, and at which stage.
@@ -55,6 +57,7 @@ class Job:
         self.record = RunRecord(folder, plain(cfg), write=self.is_main)
         self.record.add(**origin(cfg))
         self.source: CalibrationSource = instantiate(cfg.calibration)
+        self.corrections = Corrections(instantiate(cfg.get("corrections", {}), _convert_="all"))
         self.ledger = DataLedger(data_free=self.source.origin != "real")
         self.loggers: list[Logger] = []
 

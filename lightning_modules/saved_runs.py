@@ -59,6 +59,7 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
     old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
     if cfg.resume:
+        facts |= {key: old[key] for key in ("corrections",) if key in old}  # not done again
         facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
     return facts
 

@@ -76,9 +76,9 @@ def rounded_student(job: Job, teacher: Teacher) -> nn.Module:
     """The student rounded to nearest, with ranges that need no image: what adaptive synthesis compares with."""
     cfg = job.cfg
     parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-    student = convert(teacher.network, teacher.example(), *parts).student
-    set_analytic_ranges(student, teacher.network, teacher.input_size, rule=Deviations())
-    return hardened_copy(student).requires_grad_(False).to(job.device)
+    conversion = convert(teacher.network, teacher.example(), *parts)
+    set_analytic_ranges(conversion, rule=Deviations())
+    return hardened_copy(conversion.student).requires_grad_(False).to(job.device)
 
 
 def recall_targets(job: Job, teacher: Teacher, module: GeneratorModule) -> None:

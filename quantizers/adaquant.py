@@ -65,6 +65,10 @@ class AdaQuant(Quantizer):
         """Start the free weight at the float one."""
         self.weight.copy_(x)
 
+    def rescale_state(self, factor: Tensor) -> None:
+        """Multiply the free weight."""
+        self.weight.mul_(factor)
+
     def step(self) -> Tensor:
         """The learned scale, kept positive."""
         return positive(self.scale)

@@ -109,6 +109,29 @@ class Quantizer(nn.Module, ABC):
         self.scale.copy_(scale.flatten().expand(self.scale.numel()).view_as(self.scale))
         self.zero_point.copy_(zero_point.flatten().expand(self.scale.numel()).view_as(self.scale))
 
+    @torch.no_grad()
+    def rescale(self, factor: Tensor) -> None:
+        """Follow a weight whose output channels are multiplied by `factor` (C,): scales move, integers stay.
+
+        Raises:
+            ValueError: unless every output channel has a scale of its own and `factor` is positive.
+        """
+        if self.channel_axis is None or factor.numel() != self.scale.numel():
+            raise ValueError(
+                f"channel_axis: expected a scale for each of {factor.numel()} output channels, got "
+                f"{self.scale.numel()}; set weight.channel_axis=0, or leave out the correction that rescales channels"
+            )
+        if not bool((torch.isfinite(factor) & (factor > 0)).all()):
+            raise ValueError(
+                f"factor: expected positive and finite, got {float(factor.min())} to {float(factor.max())}"
+            )
+        factor = factor.view_as(self.scale).to(self.scale)
+        self.scale.mul_(factor)
+        self.rescale_state(factor)
+
+    def rescale_state(self, factor: Tensor) -> None:
+        """Multiply what the method keeps in the unit of the weight, in place; `factor` broadcasts to the weight."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups with keys `params`, `lr`, `anneal` ("constant", "cosine" or "linear") and `kind`
         ("rounding", "scale" or "weight"); empty if nothing is learned. Read after the range was set.

@@ -17,6 +17,7 @@ from quantizers.operators import Operators
 from quantizers.placement import BitWidths, LayerPlan, TensorPlan, plan, weighted_layers
 from quantizers.protocol import FLOAT, Protocol
 from quantizers.report import QuantizerRow, rows
+from quantizers.trace import StoredNorm, Trace
 
 log = logging.getLogger(__name__)
 SITES = "activation_sites"  # the sites stand in the student at activation_sites.<node name>
@@ -24,13 +25,15 @@ SITES = "activation_sites"  # the sites stand in the student at activation_sites
 
 class Conversion(NamedTuple):
     """`student`: the network with quantizers; `reference`: the same graph in float, same node names; `report`: a row
-    for each quantizer; `left_float`: what has weights but no quantizer, and why.
+    for each quantizer; `left_float`: what has weights but no quantizer, and why; `norms`: what the normalisations
+    stored that were folded into layers or frozen, by module path.
     """
 
     student: fx.GraphModule
     reference: fx.GraphModule
     report: list[QuantizerRow]
     left_float: dict[str, str]
+    norms: Mapping[str, StoredNorm]
 
 
 def convert(
@@ -41,6 +44,7 @@ def convert(
     activation: Callable[..., Quantizer],
     bits: BitWidths,
     allocation: Mapping[str, tuple[int, int]] | None = None,
+    prepare: Callable[[Trace], object] | None = None,
 ) -> Conversion:
     """Builds the student of `model`, which is left as it is. Weights are initialised, activation ranges are not:
     `calibrate_ranges` does that.
@@ -53,11 +57,15 @@ def convert(
         activation: called as activation(bits, signed=...).
         bits: widths of the job; 32 leaves that side float.
         allocation: layer path -> (weight bits, bits of its input), for mixed precision.
+        prepare: changes the folded float graph in place before anything is decided; the reference has the changes too.
 
     In the student every node of the reference keeps its name; the node of a site has meta["tensor"], the name of the
     node whose result it quantizes.
     """
-    reference, opaque = fold(model, example)
+    folded = fold(model, example)
+    if prepare is not None:
+        prepare(folded)
+    reference, opaque, norms = folded
     student = copy.deepcopy(reference)
     assert [n.name for n in student.graph.nodes] == [n.name for n in reference.graph.nodes]
     decided = plan(student, protocol, bits, allocation, opaque)
@@ -71,7 +79,7 @@ def convert(
     _move(student, reference)
     if left_float:
         log.warning("%d weights stay in float, among them %s: %s", len(left_float), *next(iter(left_float.items())))
-    return Conversion(student, reference, rows(student), left_float)
+    return Conversion(student, reference, rows(student), left_float, norms)
 
 
 def _insert_sites(student: fx.GraphModule, tensors: list[TensorPlan], activation: Callable[..., Quantizer]) -> None:

@@ -8,7 +8,7 @@ affine map that training mode cannot change.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from quantizers.layer import WEIGHTED, output_first, own_layout
 from quantizers.normalize import constant
-from quantizers.trace import Trace, trace
+from quantizers.trace import StoredNorm, Trace, trace
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -26,12 +26,18 @@ class FrozenNorm(nn.Module):
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("scale", scale)  # (C,)
-        self.register_buffer("shift", shift)  # (C,)
+        self.scale = nn.Parameter(scale, requires_grad=False)  # (C,)
+        self.shift = nn.Parameter(shift, requires_grad=False)  # (C,)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        return x * self.scale.view(shape) + self.shift.view(shape)  # type: ignore[operator]
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+
+class _Affine(NamedTuple):
+    scale: Tensor  # (C,)
+    shift: Tensor  # (C,)
+    stored: StoredNorm
 
 
 @torch.no_grad()
@@ -41,23 +47,26 @@ def fold(model: nn.Module, example: Tensor) -> Trace:
     graph_module, graph = traced.graph_module, traced.graph_module.graph
     calls = Counter(id(graph_module.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module")
     affines = {node: affine for node in graph.nodes if (affine := _affine(graph_module, node)) is not None}
-    for norm, (scale, shift) in affines.items():
+    norms: dict[str, StoredNorm] = {}
+    for norm, (scale, shift, stored) in affines.items():
         source = norm.args[0] if norm.args else norm.kwargs["input"]
         if _can_join(graph_module, source, traced.opaque, calls):
             _join(graph_module.get_submodule(str(source.target)), scale, shift)
+            norms[str(source.target)] = stored
             norm.replace_all_uses_with(source)
             graph.erase_node(norm)
         elif norm.op == "call_module" and calls[id(graph_module.get_submodule(str(norm.target)))] == 1:
             graph_module.add_submodule(str(norm.target), FrozenNorm(scale, shift))
+            norms[str(norm.target)] = stored
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return traced
+    return traced._replace(norms=norms)
 
 
-def _affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift), each (C,), of a batch normalisation with fixed statistics; None for any other node."""
+def _affine(graph_module: fx.GraphModule, node: fx.Node) -> _Affine | None:
+    """Scale and shift of a batch normalisation with fixed statistics; None for any other node."""
     values: list[Any]
     if node.op == "call_module":
         norm: Any = graph_module.get_submodule(str(node.target))
@@ -75,8 +84,9 @@ def _affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor
         return None
     mean, var, weight, bias = values
     scale = (var.double() + eps).rsqrt() * (1.0 if weight is None else weight.double())
-    shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
-    return scale.to(mean.dtype), shift.to(mean.dtype)
+    beta = torch.zeros_like(scale) if bias is None else bias.double()
+    stored = StoredNorm(beta.to(mean.dtype), (scale.abs() * var.double().sqrt()).to(mean.dtype))
+    return _Affine(scale.to(mean.dtype), (beta - mean.double() * scale).to(mean.dtype), stored)
 
 
 def _can_join(graph_module: fx.GraphModule, source: Any, opaque: dict[str, str], calls: Counter[int]) -> bool:

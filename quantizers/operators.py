@@ -24,7 +24,8 @@ TRANSPARENT = _names(
     "adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d mean amax flatten unflatten view viewas reshape reshapeas "
     "permute transpose swapaxes movedim t contiguous squeeze unsqueeze expand expandas chunk split tensorsplit unbind "
     "narrow getitem select roll flip dropout identity stochasticdepth clone detach to float channelshuffle "
-    "pixelshuffle pixelunshuffle upsample upsamplingnearest2d upsamplingbilinear2d interpolate pad zeropad2d"
+    "channelgather pixelshuffle pixelunshuffle upsample upsamplingnearest2d upsamplingbilinear2d interpolate pad "
+    "zeropad2d"
 )
 _SEVERAL = _names("chunk split tensorsplit unbind")  # give a tuple of parts of their input
 _NON_NEGATIVE = _names("relu relu6 sigmoid hardsigmoid softmax softmax2d softplus abs exp square sqrt rsqrt")

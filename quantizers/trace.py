@@ -19,14 +19,27 @@ log = logging.getLogger(__name__)
 ROOT = "network"  # module path below which a network stands that could not be traced at all
 
 
+class StoredNorm(NamedTuple):
+    """What a batch normalisation says of its own output: mean `beta` and standard deviation `gamma`, both (C,).
+
+    gamma is |weight| sqrt(var / (var + eps)): the weight itself would promise too much where the stored variance is
+    as small as eps, in channels that died in training.
+    """
+
+    beta: Tensor
+    gamma: Tensor
+
+
 class Trace(NamedTuple):
     """`graph_module`: the network in evaluation mode, sharing nothing with the caller's; each node has in `meta`
     "scope" (path of the innermost module that ran it), "is_tensor" and "shape" (of the example; None if no tensor).
-    `opaque`: path of every module that was left as a leaf because tracing it failed, with the reason.
+    `opaque`: path of every module that was left as a leaf because tracing it failed, with the reason. `norms`: what the
+    normalisation stored that `fold` joined to the layer, or froze, at this path; empty before folding.
     """
 
     graph_module: fx.GraphModule
     opaque: dict[str, str]
+    norms: dict[str, StoredNorm]
 
 
 class ScopeTracer(fx.Tracer):
@@ -127,7 +140,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         reason = _reason(error)
     log.warning("%s cannot be traced: %s. Its layers are quantized in place.", type(model).__name__, reason)
     whole = _trace(_Opaque(_frozen_copy(model)), frozenset({ROOT}), probe)
-    return Trace(whole.graph_module, {ROOT: reason})
+    return Trace(whole.graph_module, {ROOT: reason}, {})
 
 
 def _trace(network: nn.Module, leaves: frozenset[str], probe: Tensor) -> Trace:
@@ -138,7 +151,7 @@ def _trace(network: nn.Module, leaves: frozenset[str], probe: Tensor) -> Trace:
     propagation = _ShapePropagation(graph_module, tracer.opaque)
     propagation.run(probe.clone())
     called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"} - propagation.plain
-    return Trace(graph_module, {path: why for path, why in tracer.opaque.items() if path in called})
+    return Trace(graph_module, {path: why for path, why in tracer.opaque.items() if path in called}, {})
 
 
 def _linear_in_weight(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:

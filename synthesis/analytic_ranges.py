@@ -14,14 +14,13 @@ from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from quantizers.affine import from_bounds
+from quantizers.convert import Conversion
 from quantizers.layer import ActivationSite, sites
 from quantizers.operators import Operators
-from quantizers.trace import trace
 from synthesis.moments import Moments
-from synthesis.operator_moments import BATCH_NORMS
 from synthesis.propagation import propagate_graph
 
 # half-widths that lose least, in scales b of a Laplace and deviations of a normal tensor, by bits
@@ -91,49 +90,39 @@ class OptimalClipping(AnalyticRange):
 
 
 @torch.no_grad()
-def set_analytic_ranges(
-    student: fx.GraphModule,
-    network: nn.Module,
-    input_size: tuple[int, int, int],
-    *,
-    rule: AnalyticRange,
-    stored: bool = True,
-) -> None:
-    """Set the range of every activation quantizer of `student`, a copy of `network`, without any image.
+def set_analytic_ranges(conversion: Conversion, *, rule: AnalyticRange, stored: bool = True) -> None:
+    """Set the range of every activation quantizer of the student without any image.
+
+    The images are taken as N(0, 1), which normalised ones are about.
 
     Args:
-        student: as `quantizers.convert.convert` makes it from `network`.
-        network: the teacher, with its BatchNorm layers where it has any.
-        input_size: (C, H, W); the images are taken as N(0, 1), which normalised ones are about.
+        conversion: the student, its float reference, and what the folded BatchNorm layers stored, where there were any.
         rule: from moments to a range.
         stored: whether BatchNorm's stored statistics are used; without, all is propagated from the images.
 
     Raises:
         ValueError: for a tensor or an operator whose moments cannot be known.
     """
-    graph_module = trace(network, torch.zeros(1, *input_size)).graph_module
-    prior = Moments(torch.zeros(()), torch.ones(()))
-    moments = {node.name: found for node, found in propagate_graph(graph_module, prior, stored=stored).items()}
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    operators = Operators(graph_module)
-    kept = {node.name for node in student.graph.nodes}
-    quantized = {f"{node.target}": str(node.meta["tensor"]) for node in student.graph.nodes if "tensor" in node.meta}
-    for path, site in sites(student):
+    moments = reference_moments(conversion, stored=stored)
+    nodes = {node.name: node for node in conversion.reference.graph.nodes}
+    operators = Operators(conversion.reference)
+    quantized = {f"{n.target}": str(n.meta["tensor"]) for n in conversion.student.graph.nodes if "tensor" in n.meta}
+    for path, site in sites(conversion.student):
         name = quantized.get(path)
         if name is None or name not in nodes:
             raise ValueError(
                 f"{path}: expected a tensor of the traced network, got one inside a module that cannot be traced; its "
                 "range is not known without images. Calibrate on calibration=noise or synthetic images instead"
             )
-        shape = _shape(_unfolded(nodes[name], operators, kept), operators, moments)
-        _set(site, shape, rule)
+        _set(site, _shape(nodes[name], operators, moments), rule)
 
 
-def _unfolded(node: fx.Node, operators: Operators, kept: set[str]) -> fx.Node:
-    """The BatchNorm that was folded into `node`, whose output the student's tensor is; else the node itself."""
-    users = list(node.users)
-    joined = len(users) == 1 and operators.name(users[0]) in BATCH_NORMS and users[0].name not in kept
-    return users[0] if joined else node
+def reference_moments(conversion: Conversion, *, stored: bool = True) -> dict[str, Moments]:
+    """Return the moments (C,) of every tensor of the float reference by node name, for images that are N(0, 1)."""
+    prior = Moments(torch.zeros(()), torch.ones(()))
+    norms = conversion.norms if stored else {}
+    found = propagate_graph(conversion.reference, prior, stored=stored, norms=norms)
+    return {node.name: moments for node, moments in found.items()}
 
 
 def _shape(node: fx.Node, operators: Operators, moments: dict[str, Moments]) -> Shape:

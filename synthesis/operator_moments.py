@@ -60,7 +60,7 @@ def stored_output(call: Call) -> Moments:
 def _batch_norm(call: Call) -> Moments:
     source = call.source
     if isinstance(call.module, FrozenNorm):
-        scale, shift = exact(call.module.get_buffer("scale")), exact(call.module.get_buffer("shift"))
+        scale, shift = exact(call.module.scale), exact(call.module.shift)
     else:
         names = ("running_mean", "running_var", "weight", "bias")
         mean, var, weight, bias = (_parameter(call.option(name, i)) for i, name in enumerate(names, start=1))
@@ -196,6 +196,13 @@ def _rearrange(call: Call) -> Any:
     return tuple(Moments(m, v) for m, v in zip(mean, var, strict=True))
 
 
+def _gather(call: Call) -> Moments:
+    axis = call.module.axis % len(call.source_shape)
+    mean, var = (t.expand(*t.shape[:axis], call.source_shape[axis], *t.shape[axis + 1 :]) for t in call.source)
+    index = call.module.index.cpu()
+    return Moments(mean.index_select(axis, index), var.index_select(axis, index))
+
+
 def _pad(call: Call) -> Moments:
     """New channels hold the constant; new positions are borders, and ignored."""
     source, shape = call.source, call.node.meta["shape"]
@@ -249,6 +256,7 @@ RULES: dict[str, Rule] = _table(
     ("sub", _subtract),
     ("mul", _multiply),
     ("div truediv", _divide),
+    ("channelgather", _gather),
     ("pad zeropad2d constantpad2d reflectionpad2d replicationpad2d", _pad),
     ("identity dropout dropout2d contiguous clone detach to float", lambda call: call.source),
     ("size dim getattr numel", _look),

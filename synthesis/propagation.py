@@ -13,17 +13,19 @@ counts as if every position were in the interior.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from quantizers.channel_gather import ChannelGather
 from quantizers.fold import FrozenNorm
 from quantizers.normalize import constant as parameter
 from quantizers.operators import Operators
-from quantizers.trace import trace
+from quantizers.trace import StoredNorm, trace
 from synthesis.moments import Moments, merge
-from synthesis.operator_call import Call, constant, holds_moments
+from synthesis.operator_call import Call, along_channels, constant, exact, holds_moments
 from synthesis.operator_moments import BATCH_NORMS, RULES, stored_output
 from synthesis.statistics import device_of, layers_at
 
@@ -77,7 +79,12 @@ def convolutions(graph_module: fx.GraphModule, network: nn.Module) -> dict[fx.No
 
 @torch.no_grad()
 def propagate_graph(
-    graph_module: fx.GraphModule, prior: Moments, *, last: fx.Node | None = None, stored: bool = False
+    graph_module: fx.GraphModule,
+    prior: Moments,
+    *,
+    last: fx.Node | None = None,
+    stored: bool = False,
+    norms: Mapping[str, StoredNorm] | None = None,
 ) -> dict[fx.Node, Moments]:
     """Return the moments of every node that is a tensor, one for each index of axis 1 (the channels).
 
@@ -91,6 +98,7 @@ def propagate_graph(
         last: the node to stop at; None goes on to the end.
         stored: whether what enters a BatchNorm has the statistics that it stored, whatever was propagated to it; its
             output then is N(beta, gamma^2), and errors do not add up.
+        norms: the same for a BatchNorm that was folded, by the path of the layer that took it in.
 
     Returns:
         Moments (C,) in float64 on the CPU, in order of execution.
@@ -100,6 +108,7 @@ def propagate_graph(
     """
     operators = Operators(graph_module)
     values: dict[fx.Node, Any] = {}
+    norms = norms or {}
     for node in graph_module.graph.nodes:
         if node.op == "output":
             break
@@ -109,7 +118,10 @@ def propagate_graph(
             values[node] = constant(parameter(graph_module, node))
         else:
             call = Call(node, operators, values)
-            if stored and call.name in BATCH_NORMS:
+            if node.op == "call_module" and node.target in norms:
+                beta, gamma = (along_channels(exact(t), len(node.meta["shape"])) for t in norms[node.target])
+                values[node] = Moments(beta, gamma.square())
+            elif stored and call.name in BATCH_NORMS:
                 values[node] = stored_output(call)
             else:
                 values[node] = _evaluate(call)
@@ -127,7 +139,7 @@ def _evaluate(call: Call) -> Any:
     rule = RULES.get(call.name)
     # another class of that name, kept whole because it could not be traced, may compute anything
     foreign = call.module is not None and not type(call.module).__module__.startswith("torch.nn.")
-    if rule is None or (foreign and not isinstance(call.module, FrozenNorm)):
+    if rule is None or (foreign and not isinstance(call.module, FrozenNorm | ChannelGather)):
         raise call.unknown()
     value = rule(call)
     if isinstance(value, Moments) and not call.node.meta["is_tensor"]:

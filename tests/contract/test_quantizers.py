@@ -72,6 +72,20 @@ class TestWeights:
         assert torch.equal((q - zero_point) * scale, quantizer(weight))
         assert int(q.max()) - int(q.min()) < 2**bits
 
+    def test_rescaled_channels_keep_their_integers(self, option: str, bits: int) -> None:
+        weight = a_weight()
+        quantizer = factory("weight", option)(weight, bits)
+        learn_a_little(quantizer, weight)
+        quantizer.harden()
+        q, scale, zero_point = quantizer.integers(weight)
+        factor = torch.tensor([2.0, 1.0, 2.0, 4.0, 16.0, 8.0])  # powers of two, so that nothing rounds
+        quantizer.rescale(factor)
+        moved = factor.view(-1, 1, 1, 1)
+        after = quantizer.integers(weight * moved)
+        assert torch.equal(after[0], q)
+        assert torch.equal(after[1], scale * moved)
+        assert torch.equal(after[2], zero_point)
+
     def test_everything_is_finite(self, option: str, bits: int) -> None:
         for weight in (a_weight(), torch.zeros(2, 1, 3, 3), torch.ones(1, 1), torch.full((2, 2), 1e-30)):
             quantizer = factory("weight", option)(weight, bits)

@@ -89,6 +89,22 @@ def test_refrains(case: str) -> None:
     assert torch.equal(folded.get_submodule("conv").weight, network.conv.weight)  # type: ignore[arg-type, union-attr]
 
 
+def test_hands_out_what_was_stored() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.5), nn.ReLU(), nn.Conv2d(6, 2, 3)
+    )
+    randomised(network)
+    traced = fold(network, torch.zeros(1, 4, 9, 9))
+    assert set(traced.norms) == {"0", "1"}  # frozen, folded
+    for path, norm in (("0", network[0]), ("1", network[2])):
+        # the output for an input of exactly the stored mean and variance
+        entering = norm.running_mean + norm.running_var.sqrt() * torch.tensor([-1.0, 1.0]).view(2, 1)  # type: ignore[operator, union-attr]
+        leaving = norm(entering[:, :, None, None])[:, :, 0, 0]
+        torch.testing.assert_close(traced.norms[path].beta, leaving.mean(0).detach())
+        torch.testing.assert_close(traced.norms[path].gamma, leaving.std(0, correction=0).detach())
+
+
 def test_shared_normalisation() -> None:
     torch.manual_seed(0)
     network = randomised(Residual("shared normalisation"))

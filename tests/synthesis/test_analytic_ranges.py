@@ -32,9 +32,9 @@ def small(activation: nn.Module) -> nn.Sequential:
 def calibrated(network: nn.Module, rule: AnalyticRange, protocol: str = "all_layers", bits: int = 4) -> dict[str, Any]:
     cfg = composed([f"protocol={protocol}", f"bits.activation={bits}", "weight=nearest", "activation=fixed"])
     parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-    student = convert(network, torch.zeros(1, *SIZE), *parts).student
-    set_analytic_ranges(student, network, SIZE, rule=rule)
-    return {path.rpartition(".")[2]: site.quantizer for path, site in sites(student)}
+    conversion = convert(network, torch.zeros(1, *SIZE), *parts)
+    set_analytic_ranges(conversion, rule=rule)
+    return {path.rpartition(".")[2]: site.quantizer for path, site in sites(conversion.student)}
 
 
 def test_deviations_behind_batch_norm_and_relu() -> None:

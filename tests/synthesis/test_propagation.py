@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from corrections.outlier_splitting import OutlierSplitting
 from networks.cifar_resnet import CifarResNet
 from networks.random_weights import settle
 from quantizers.fold import fold
@@ -217,3 +218,14 @@ def test_whole_networks(name: str, side: int) -> None:
         assert moments.mean.isfinite().all()
         assert (moments.var >= 0).all()
         assert moments.var.isfinite().all()
+
+
+def test_split_channels_are_gathered() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
+    plain, split = (fold(network, torch.zeros(1, 3, 6, 6)) for _ in range(2))
+    OutlierSplitting(expand_ratio=0.5).prepare(split)
+    prior = Moments(torch.zeros(()), torch.ones(()))
+    ours, theirs = (propagate_graph(traced.graph_module, prior) for traced in (split, plain))
+    last = [next(m.mean for n, m in found.items() if n.target == "2") for found in (ours, theirs)]
+    torch.testing.assert_close(*last)

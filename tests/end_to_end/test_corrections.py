@@ -1,0 +1,138 @@
+"""Corrections in the main job: composed by name, recorded, in the student file, and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file
+
+from lightning_modules.job import Job
+from run import run_job
+from tests.configuration import SMALL, composed
+
+ALL = "[equalization,bias_absorption,outlier_splitting,bn_reestimation,bias_correction,bias_tuning,network_polish]"
+SHORT = ("corrections.bias_tuning.steps=2", "corrections.network_polish.steps=3")
+NOISE = (*SMALL, "calibration=noise", "weight=nearest_minmax", "data.limit=16")
+
+
+class Kill(pl.Callback):
+    """Stop the stage `stage` after `step` steps, once."""
+
+    armed: ClassVar[bool] = False
+
+    def __init__(self, stage: str, step: int) -> None:
+        self.stage, self.step = stage, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if Kill.armed and pl_module.stage == self.stage and trainer.global_step == self.step:
+            Kill.armed = False
+            raise InterruptedError("killed")
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())
+
+
+def student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def test_steps_are_recorded_in_their_order_and_the_student_reloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [*NOISE, "reconstruction=none", f"corrections={ALL}", *SHORT]
+    metrics = run_job(composed(chosen, tmp_path))
+    facts = facts_of(tmp_path)
+    names = ALL.strip("[]").split(",")
+    assert [entry["correction"] for entry in facts["corrections"]] == names
+    assert list(facts["row"])[-1] == "corrections"
+    assert facts["row"]["corrections"] == "+".join(names)
+    assert "corrections" in facts["stages"]
+    assert metrics["test/nearest/kl"] != metrics["test/quantized/kl"]
+    monkeypatch.setattr(Job, "fit", None)
+    again = run_job(composed([*chosen, f"evaluate={tmp_path}"], tmp_path / "scored"))
+    assert again == {key: value for key, value in metrics.items() if "nearest" not in key}
+
+
+def test_order_is_the_users(tmp_path: Path) -> None:
+    chosen = "corrections=[bias_correction,bn_reestimation]"
+    run_job(composed([*NOISE, "reconstruction=none", chosen], tmp_path))
+    assert [e["correction"] for e in facts_of(tmp_path)["corrections"]] == ["bias_correction", "bn_reestimation"]
+
+
+def test_without_corrections_nothing_changes(tmp_path: Path) -> None:
+    run_job(composed([*NOISE, "reconstruction=none"], tmp_path))
+    facts = facts_of(tmp_path)
+    assert facts["row"]["corrections"] == "none"
+    assert facts["corrections"] == []
+    assert "corrections" not in facts["stages"]
+
+
+def test_light_brings_the_outputs_of_an_unreconstructed_student_closer(tmp_path: Path) -> None:
+    chosen = [*SMALL, "calibration=real", "calibration.count=64", "reconstruction=none", "bits=w2a4"]
+    metrics = run_job(composed([*chosen, "corrections=light", "weight=nearest_minmax"], tmp_path))
+    assert metrics["test/quantized/kl"] < 0.7 * metrics["test/nearest/kl"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [
+        *SMALL,
+        "calibration=noise",
+        "data.limit=16",
+        "corrections=[equalization,bn_reestimation,bias_tuning,network_polish]",
+        *SHORT,
+        "callbacks.checkpoint.every_seconds=0",
+        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: network_polish, step: 2}}",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_job(composed(overrides, whole))
+    cfg = composed(overrides, killed)
+    Kill.armed = True
+    with pytest.raises(InterruptedError):
+        run_job(cfg)
+    assert (killed / "checkpoints" / "network_polish.ckpt").exists()
+    fitted: list[str] = []
+    fit = Job.fit
+    monkeypatch.setattr(Job, "fit", lambda self, module, *args: (fitted.append(module.stage), fit(self, module, *args)))
+    cfg.resume = str(killed)
+    run_job(cfg)
+    assert fitted == ["bias_tuning", "network_polish"]  # reconstruction was done before the run was killed
+    ours, theirs = student(whole), student(killed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not list((killed / "checkpoints").iterdir())
+    assert not (killed / "reconstructed.safetensors").exists()
+    run_job(composed([*NOISE, f"resume={killed}"], tmp_path / "new"))  # the student is there already
+    assert facts_of(killed)["corrections"] == facts_of(whole)["corrections"]
+
+
+def test_what_cannot_be_corrected_is_said_before_work(tmp_path: Path) -> None:
+    cfg = composed([*NOISE, "corrections=light", "weight.channel_axis=null"], tmp_path)
+    with pytest.raises(ValueError, match=r"weight\.channel_axis=0, or leave out BN re-estimation"):
+        run_job(cfg)
+    assert set(facts_of(tmp_path)["stages"]) == {"teacher", "convert"}
+
+
+NO_IMAGES = [option for option in SMALL if not option.startswith("calibration.count")]
+
+
+def test_dfq_needs_no_image_at_all(tmp_path: Path) -> None:
+    chosen = [*NO_IMAGES, "calibration=none", "reconstruction=none", "corrections=dfq", "activation=minmax"]
+    run_job(composed(chosen, tmp_path))
+    facts = facts_of(tmp_path)
+    assert facts["data_free"] is True
+    assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation"]
+    assert [len(entry) > 1 for entry in facts["corrections"]] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["bias_tuning", "light"])
+def test_corrections_that_measure_images_are_refused_without_any_before_work(tmp_path: Path, name: str) -> None:
+    chosen = [*NO_IMAGES, "calibration=none", "reconstruction=none", f"corrections={name}"]
+    with pytest.raises(ValueError, match=r"corrections: expected none that needs images with calibration=none"):
+        run_job(composed(chosen, tmp_path))
+    assert facts_of(tmp_path)["stages"] == {}
