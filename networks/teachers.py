@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from networks.architectures import SOURCES, Source, build, published_weights
 from networks.checkpoints import load_weights, read_checkpoint
 from networks.fingerprint import fingerprint
+from networks.folding import fold_batch_norm as fold
 from networks.random_weights import settle
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def load_teacher(
         load_weights(network, published_weights(source, architecture, weights, obtain), origin)
     network.eval().requires_grad_(False)
     if fold_batch_norm:
-        network = fuse(network).requires_grad_(False)
+        network = fold(network).requires_grad_(False)
     _probe(network, size, num_classes)
     return Teacher(
         network=network,
