@@ -18,7 +18,6 @@ from lightning_modules.job import Job
 from run import run_job
 from tests.configuration import SMALL, composed, options
 
-
 OWN_START = {"squant"}  # roundings that are not those to nearest before anything is learned
 
 
@@ -290,10 +289,11 @@ def test_every_generator_runs(generator: str, tmp_path: Path) -> None:
     run_job(composed([*SMALL, f"generator={generator}", "calibration.count=20", "reconstruction=none"], tmp_path))
 
 
-@pytest.mark.parametrize("weight", options("weight"))
-@pytest.mark.parametrize("activation", options("activation"))
-def test_every_quantizer_runs(weight: str, activation: str, tmp_path: Path) -> None:
-    metrics = run_job(composed([*SMALL, f"weight={weight}", f"activation={activation}", "calibration=noise"], tmp_path))
+@pytest.mark.parametrize(
+    "quantizer", [f"{group}={option}" for group in ("weight", "activation") for option in options(group)]
+)
+def test_every_quantizer_runs(quantizer: str, tmp_path: Path) -> None:
+    metrics = run_job(composed([*SMALL, quantizer, "calibration=noise"], tmp_path))
     assert 0 <= metrics["test/quantized/top1"] <= 100
 
 
