@@ -13,6 +13,7 @@ from run import run_job
 from tests.configuration import CONF, SMALL, composed, options
 
 NOISE = [*SMALL, "calibration=noise"]
+GOES_WITH = {"closed_form": ["weight=gptq"]}  # reconstructions that need a weight quantizer of their own
 
 
 def quantizers(folder: Path) -> list[dict[str, str]]:
@@ -22,7 +23,9 @@ def quantizers(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("reconstruction", options("reconstruction"))
 def test_every_reconstruction_runs(reconstruction: str, tmp_path: Path) -> None:
-    cfg: DictConfig = composed([*NOISE, f"reconstruction={reconstruction}"], tmp_path)
+    cfg: DictConfig = composed(
+        [*NOISE, f"reconstruction={reconstruction}", *GOES_WITH.get(reconstruction, [])], tmp_path
+    )
     assert 0 <= run_job(cfg)["test/quantized/top1"] <= 100
     assert (tmp_path / "units.csv").exists() == (cfg.reconstruction.phases != "none")
     assert json.loads((tmp_path / "record.json").read_text())["row"]["pipeline"] is None  # a name only below Hydra
