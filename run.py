@@ -101,7 +101,9 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
     title = f"quantizers, protocol {cfg.protocol.name}"
     path = job.folder / "quantizers.csv" if job.is_main else None
     report.show_rows(title, quantizers, show=cfg.show.quantizers, path=path)
-    job.record.add(left_float=conversion.left_float)
+    skipped = [{"module": path, "why it is not traced": why} for path, why in conversion.opaque.items()]
+    report.show_rows("not traced: quantized layer by layer, in place", skipped, show=True)
+    job.record.add(left_float=conversion.left_float, opaque=conversion.opaque)
     return conversion
 
 

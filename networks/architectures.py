@@ -47,7 +47,7 @@ def build(
     if source == "torchvision":
         return _torchvision(architecture, num_classes, in_channels, options)
     if source == "timm":
-        timm = _import_timm()
+        timm = import_timm()
         if not timm.is_model(architecture):
             raise unknown_architecture(architecture, source, timm.list_models())
         return timm.create_model(architecture, num_classes=num_classes, in_chans=in_channels, **options)
@@ -123,7 +123,7 @@ def _torchvision_weights(architecture: str, weights: str) -> dict[str, Tensor]:
 
 
 def _timm_weights(architecture: str) -> dict[str, Tensor]:
-    timm = _import_timm()
+    timm = import_timm()
     try:
         return timm.create_model(architecture, pretrained=True).state_dict()
     except Exception as error:  # the hub client has its own, changing, exceptions
@@ -134,7 +134,8 @@ def _timm_weights(architecture: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _import_timm() -> Any:
+def import_timm() -> Any:
+    """The package timm, which is an extra; `ValueError` with the remedy where it is missing."""
     try:
         return importlib.import_module("timm")
     except ImportError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,10 +101,10 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], origin: str) -
     _check_keys(own, state, origin)
     if any(value.dtype in (torch.float16, torch.bfloat16) for value in state.values()):
         log.info("%s: half precision weights widened to the network's precision", origin)
-    # Some networks (MNASNet) refuse a state dict without the layout versions that plain dictionaries have lost.
-    versioned = OrderedDict((key, state[key]) for key in own)
-    versioned._metadata = own._metadata  # type: ignore[attr-defined]
-    network.load_state_dict(versioned, strict=True)
+    # The network's own dictionary knows the versions of its layout, which plain dictionaries have lost and without
+    # which some networks (MNASNet) load nothing.
+    own.update(state)
+    network.load_state_dict(own, strict=True)
 
 
 def _check_keys(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BATCH = 8
 AFFINE_SPREAD = 0.2  # standard deviation of the BatchNorm scale around 1 and of its shift around 0
 
@@ -27,7 +28,7 @@ def settle(network: nn.Module, input_size: tuple[int, int, int], seed: int = 0) 
         The same network, in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
     if not norms:
         return network.eval()
     momenta = [norm.momentum for norm in norms]

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from networks.architectures import SOURCES, Source, build, published_weights
 from networks.checkpoints import load_weights, read_checkpoint
 from networks.fingerprint import fingerprint
+from networks.folding import fold_batch_norm as fold
+from networks.published import disagreements, published_preprocessing
 from networks.random_weights import settle
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def load_teacher(
 ) -> Teacher:
     """Build a network, load its weights, freeze it, and check that it takes what it says it takes.
 
+    Logs a warning where images would be prepared otherwise than the publisher of the weights does.
+
     Args:
         architecture: name within the source, e.g. "resnet18"; "resnet50_v1" is torchvision's with the early stride.
         source: "torchvision", "timm", "cifar" (`CifarResNet` from a checkpoint), "embedded" (weights in this
@@ -120,9 +123,9 @@ def load_teacher(
         load_weights(network, published_weights(source, architecture, weights, obtain), origin)
     network.eval().requires_grad_(False)
     if fold_batch_norm:
-        network = fuse(network).requires_grad_(False)
+        network = fold(network).requires_grad_(False)
     _probe(network, size, num_classes)
-    return Teacher(
+    teacher = Teacher(
         network=network,
         name=name or architecture,
         input_size=size,
@@ -135,6 +138,9 @@ def load_teacher(
         interpolation=interpolation,
         dataset=dataset,
     )
+    if not untrained and (published := published_preprocessing(source, architecture, weights)):
+        _compare(teacher, published, own_weights=checkpoint is not None)
+    return teacher
 
 
 def _input_size(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> tuple[int, int, int]:
@@ -147,6 +153,13 @@ def _input_size(input_size: Sequence[int], mean: Sequence[float], std: Sequence[
     if min(std) <= 0:
         raise ValueError(f"model.std: expected positive values, got {list(std)}")
     return channels, height, width
+
+
+def _compare(teacher: Teacher, published: Mapping[str, Any], *, own_weights: bool) -> None:
+    """Warn where images are prepared otherwise than for the published weights; other weights may need it so."""
+    if text := disagreements(published, vars(teacher)):
+        level, unless = (logging.INFO, " (unless the checkpoint needs it so)") if own_weights else (logging.WARNING, "")
+        log.log(level, "%s: images are prepared otherwise than published: %s%s", teacher.name, text, unless)
 
 
 @torch.inference_mode()

@@ -25,14 +25,16 @@ SITES = "activation_sites"  # the sites stand in the student at activation_sites
 
 class Conversion(NamedTuple):
     """`student`: the network with quantizers; `reference`: the same graph in float, same node names; `report`: a row
-    for each quantizer; `left_float`: what has weights but no quantizer, and why; `norms`: what the normalisations
-    stored that were folded into layers or frozen, by module path.
+    for each quantizer; `left_float`: what has weights but no quantizer, and why; `opaque`: the modules that could not
+    be traced, and why: their layers are quantized in place, what else they compute is not looked into; `norms`: what
+    the normalisations stored that were folded into layers or frozen, by module path.
     """
 
     student: fx.GraphModule
     reference: fx.GraphModule
     report: list[QuantizerRow]
     left_float: dict[str, str]
+    opaque: dict[str, str]
     norms: Mapping[str, StoredNorm]
 
 
@@ -79,7 +81,7 @@ def convert(
     _move(student, reference)
     if left_float:
         log.warning("%d weights stay in float, among them %s: %s", len(left_float), *next(iter(left_float.items())))
-    return Conversion(student, reference, rows(student), left_float, norms)
+    return Conversion(student, reference, rows(student), left_float, opaque, norms)
 
 
 def _insert_sites(student: fx.GraphModule, tensors: list[TensorPlan], activation: Callable[..., Quantizer]) -> None:

@@ -34,8 +34,9 @@ def batch_norms(network: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(
             f"network: expected BatchNorm layers with running statistics, got none in {type(network).__name__}; "
-            "the network was probably built without them or they are folded into the convolutions. Calibrate on "
-            "real images or on noise instead, or choose a target source that needs no BatchNorm"
+            "the network was probably built without them or they are folded into the convolutions. Choose a target "
+            "source that needs no BatchNorm (generator=propagated or generator=gzsq), calibrate on real images or on "
+            "noise instead (calibration=real, calibration=noise), or on none (calibration=none reconstruction=none)"
         )
     return found
 

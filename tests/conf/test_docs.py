@@ -1,16 +1,25 @@
-"""Every way of making images has a card that names it, and every card says what a card has to say."""
+"""Every method has a card or page that names it, all of them are linked, and what they say of the options is so."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.configuration import ROOT, options
+from tests.configuration import CONF, ROOT, composed, options
 
-CARDS = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "methods").glob("*.md")))
-NAMED = set(re.findall(r"`(?:generator=|calibration=)?([a-z0-9_]+)`", CARDS))
+DOCS = ROOT / "docs"
+CARDS = {path.stem for path in (DOCS / "methods").glob("*.md")}
+PAGES = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+DOCUMENTED = ("generator", "weight", "activation", "reconstruction", "protocol")
+TEXT = "\n".join(path.read_text() for path in sorted(DOCS.rglob("*.md")) if path.stem not in ("index", "results"))
+SPANS = re.findall(r"`([^`\n]+)`", TEXT)  # `dsg`, `generator=dsg`, `weight=gptq reconstruction=closed_form`
+NAMED = {word.rpartition("=")[2] for span in SPANS for word in span.split()}
+FIELDS = ["placement", "first_weight", "last_weight", "image", "first_output", "last_input"]
+PROTOCOLS = (DOCS / "protocols.md").read_text()
 
 
 @pytest.mark.parametrize("card", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda path: path.stem)
@@ -21,12 +30,42 @@ def test_a_card_has_an_equation_its_defaults_and_where_it_differs(card: Path) ->
     assert "\n**Differs from" in text or re.search(r"^Ours\b", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("option", options("generator"))
-def test_a_card_names_the_generator(option: str) -> None:
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in DOCUMENTED for option in options(group)])
+def test_a_card_names_the_option(group: str, option: str) -> None:
+    if option == "none":  # a word of other groups too
+        assert any(f"{group}={option}" in span.split() for span in SPANS)
     assert option in NAMED
 
 
-def test_every_card_is_linked_from_the_index_and_names_no_unknown_file() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
-    linked = set(re.findall(r"\(methods/(\w+)\.md\)", index))
-    assert linked == {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")}
+def test_every_card_and_page_is_linked_from_the_index() -> None:
+    index = (DOCS / "index.md").read_text()
+    assert set(re.findall(r"\(methods/(\w+)\.md\)", index)) == CARDS
+    assert set(re.findall(r"\((\w+)\.md\)", index)) == PAGES
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("protocol", options("protocol"))
+def test_the_table_of_protocols_says_what_the_options_do(protocol: str, field: str) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PROTOCOLS.splitlines() if "|" in line]
+    column = rows[0].index(f"`{protocol}`")
+    (row,) = [row for row in rows if row[0].startswith(f"`{field}`")]
+    value = OmegaConf.load(CONF / "protocol" / f"{protocol}.yaml")[field]
+    missing = "float" if field == "image" else "job"
+    assert row[column].strip("`") == (missing if value is None else str(value))
+
+
+def commands() -> list[str]:
+    """Every call of run.py in README and docs that can be composed as it stands, continued lines joined."""
+    text = (ROOT / "README.md").read_text() + TEXT + (DOCS / "index.md").read_text()
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line.split("python run.py ")[1] for line in lines if line.strip().startswith("python run.py ")]
+    return [line for line in found if "<" not in line and "--" not in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_documented_command_composes(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    sweep = "-m" in words
+    chosen = [word for word in words if word != "-m"]
+    cfg = composed([word.split(",")[0] if sweep else word for word in chosen])
+    OmegaConf.to_container(cfg, resolve=True)

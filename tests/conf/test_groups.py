@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,32 @@ def test_says_what_it_is(group: str, option: str) -> None:
     assert len(first) > 10
 
 
+NUMBER = r"\d+(?:\.\d+)?"
+EXPECTED = re.compile(rf"^# expected: {NUMBER} ± {NUMBER}\b")
+TIME = re.compile(rf"\bin (?:about |under )?{NUMBER}(?: to {NUMBER})? (?:seconds|minutes|hours) on \S")
+
+
+def says_what_to_expect(header: list[str]) -> bool:
+    """A number with its tolerance, the time and the machine."""
+    return EXPECTED.match(header[0]) is not None and TIME.search(" ".join(header)) is not None
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_experiment_states_command_and_number(experiment: str) -> None:
-    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-    assert text.startswith(f"# @package _global_\n# python run.py experiment={experiment}\n# expected: ")
+def test_experiment_states_command_number_tolerance_time_and_machine(experiment: str) -> None:
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert header[:2] == ["# @package _global_", f"# python run.py experiment={experiment}"]
+    assert says_what_to_expect(header[2:])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# expected: see benchmarks/results/cifar10.csv",
+        "# expected: 91.0 in 7 minutes on 1 thread",
+        "# expected: 91.0 ± 0.5",
+        "# expected: 91.0 ± 0.5 in 7 minutes",
+    ],
+)
+def test_less_than_that_would_be_noticed(line: str) -> None:
+    assert not says_what_to_expect([line])

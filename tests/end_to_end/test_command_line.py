@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,3 +57,14 @@ def test_sweep_ends_in_a_table_and_each_job_has_its_own_wandb_run(tmp_path: Path
     assert len(folders) == 2
     for folder in folders:
         assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_reconstruct_together(tmp_path: Path) -> None:
+    done = call(tmp_path, *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "hydra.run.dir=shared")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "shared" / "record.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["config"]["trainer"]["devices"] == 2
+    assert (tmp_path / "shared" / "student.safetensors").stat().st_size > 0
+    assert done.stdout.count("files in ") == 1  # one of the two reports

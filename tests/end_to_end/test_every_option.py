@@ -1,0 +1,63 @@
+"""Every option of the groups that say how a student is made and learned goes through the whole job."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from run import run_job
+from tests.configuration import CONF, SMALL, composed, options
+
+NOISE = [*SMALL, "calibration=noise"]
+GOES_WITH = {"closed_form": ["weight=gptq"]}  # reconstructions that need a weight quantizer of their own
+
+
+def quantizers(folder: Path) -> list[dict[str, str]]:
+    with (folder / "quantizers.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("reconstruction", options("reconstruction"))
+def test_every_reconstruction_runs(reconstruction: str, tmp_path: Path) -> None:
+    cfg: DictConfig = composed(
+        [*NOISE, f"reconstruction={reconstruction}", *GOES_WITH.get(reconstruction, [])], tmp_path
+    )
+    assert 0 <= run_job(cfg)["test/quantized/top1"] <= 100
+    assert (tmp_path / "units.csv").exists() == (cfg.reconstruction.phases != "none")
+    assert json.loads((tmp_path / "record.json").read_text())["row"]["pipeline"] is None  # a name only below Hydra
+
+
+@pytest.mark.parametrize("protocol", options("protocol"))
+def test_every_protocol_runs_with_its_own_widths_at_the_ends(protocol: str, tmp_path: Path) -> None:
+    cfg = composed([*NOISE, f"protocol={protocol}", "reconstruction=none", "bits=w3a3"], tmp_path)
+    run_job(cfg)
+    weights = [int(row["bits"]) for row in quantizers(tmp_path) if row["kind"] == "weight"]
+    stated = (cfg.protocol.first_weight or 3, cfg.protocol.last_weight or 3)
+    assert (weights[0], weights[-1]) == stated
+    assert set(weights[1:-1]) == {3}
+    assert [row for row in quantizers(tmp_path) if row["kind"] == "activation"]
+
+
+def test_debugging_runs_every_stage(tmp_path: Path) -> None:
+    cfg = composed([*SMALL, "debug=default"], tmp_path)
+    assert cfg.trainer.detect_anomaly
+    assert not cfg.logger
+    run_job(cfg)
+    stages = json.loads((tmp_path / "record.json").read_text())["stages"]
+    assert set(stages) == {"teacher", "convert", "images", "ranges", "reconstruct", "evaluation"}
+
+
+@pytest.mark.parametrize("sweep", options("sweep"))
+def test_every_job_of_a_sweep_composes(sweep: str) -> None:
+    text = (CONF / "sweep" / f"{sweep}.yaml").read_text()
+    command = next(line for line in text.splitlines() if " -- " in line or "run.py" in line)
+    assert f"sweep={sweep}" in command.split()
+    fixed = [word for word in command.split() if word.startswith("experiment=")]
+    for key, values in OmegaConf.create(text).hydra.sweeper.params.items():
+        for value in str(values).split(","):
+            cfg = composed([*fixed, f"{key}={value.strip()}"])
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
