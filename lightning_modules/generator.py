@@ -189,10 +189,10 @@ class GeneratorModule(pl.LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if isinstance(scheduler, ReduceLROnPlateau) or (isinstance(scheduler, Rates) and scheduler.reads_loss):
+        if isinstance(scheduler, Rates):
+            scheduler.step(float(self.last_loss) if scheduler.reads_loss else math.nan)  # to read waits for the device
+        elif isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(float(self.last_loss))
-        elif isinstance(scheduler, Rates):
-            scheduler.step(math.nan)  # which spares a wait for the device
         else:
             scheduler.step()
 
@@ -218,14 +218,14 @@ class GeneratorModule(pl.LightningModule):
         # Inside an epoch nothing is to be done: the checkpoint holds all that `enter` sets.
         if batch_idx == 0:
             self.enter(self.current_epoch)
-        elif self._to_be_checked(batch_idx - 1) and self.settling.settled(batch_idx, float(self.last_loss)):
+        elif self._shows_progress(batch_idx - 1) and self.settling.settled(batch_idx, float(self.last_loss)):
             self._finish(self.current_epoch)
             self._counter.restart()
             return SKIP_REST
         return None
 
-    def _to_be_checked(self, step: int) -> bool:
-        """Whether the loss of `step` says how far the images are: those of a coarse stage are no images yet."""
+    def _shows_progress(self, step: int) -> bool:
+        """Whether to look at the loss of `step`: now and then, never in a coarse stage, which must not be the end."""
         return step % CHECK_EVERY == 0 and step >= self.view.settled_from
 
     def enter(self, epoch: int) -> None:

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from lightning_modules.generator import GeneratorModule
 from networks.cifar_resnet import CifarResNet
 from networks.fixup_resnet import FixupResNet
+from synthesis.guidance import Answer, CrossEntropy
+from synthesis.priors import L2Norm
 
 SIZE = (3, 8, 8)
 CONF = Path(__file__).parents[2] / "conf" / "generator"
@@ -144,11 +146,42 @@ def test_bfloat16_ends_at_a_loss_within_five_per_cent(
 
 
 @pytest.mark.parametrize("preset", ["zeroq", "dsg_journal", "genie", "gdfq", "intraq_cifar10"])
-def test_terms_are_float32_where_the_network_is_not(network: CifarResNet, preset: str) -> None:
+def test_losses_are_float32_where_the_network_is_not(network: CifarResNet, preset: str) -> None:
     losses = Losses()
     module = made(network, preset, precision="bf16-mixed", losses=losses, steps=2, count=8)
     assert len(losses.seen) == 2 * module.batches
     assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.seen)
+
+
+class WatchedCrossEntropy(CrossEntropy):
+    """Keeps in what precision it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.seen: list[Any] = []
+
+    def penalty(self, answer: Answer) -> torch.Tensor:
+        self.seen.append((answer.logits.dtype, torch.is_autocast_enabled("cpu")))
+        return super().penalty(answer)
+
+
+class WatchedPrior(L2Norm):
+    """Keeps in what precision it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.seen: list[Any] = []
+
+    def penalty(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        self.seen.append((images.dtype, torch.is_autocast_enabled("cpu")))
+        return super().penalty(images, rng)
+
+
+@pytest.mark.parametrize("preset", ["zeroq", "genie"])
+def test_terms_see_float32_and_compute_in_it(network: CifarResNet, preset: str) -> None:
+    term, prior = WatchedCrossEntropy(), WatchedPrior()
+    made(network, preset, precision="bf16-mixed", steps=2, count=4, guidance={"term": term}, priors={"prior": prior})
+    assert term.seen == prior.seen == [(torch.float32, False)] * 2
 
 
 def test_terms_under_autocast_are_bitwise_those_without(network: CifarResNet) -> None:
