@@ -23,6 +23,7 @@ from lightning_modules.bn_alignment import BNAlignmentModule
 from synthesis.features import ClassifierInput
 from synthesis.guidance import Answer, Guidance, Guides
 from synthesis.labels import LabelSource, RandomLabels
+from synthesis.moments import Moments
 from synthesis.priors import Prior
 from synthesis.rates import Rates
 from synthesis.seeding import seeded
@@ -36,6 +37,7 @@ ScheduleFactory = Callable[[Optimizer], LRScheduler | Rates]
 
 CHECK_EVERY = 25  # steps between looks at the loss, each of which waits for the device
 NO_BATCH = -1
+NO_STEP = -1
 SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of an epoch
 
 
@@ -71,6 +73,7 @@ class GeneratorModule(pl.LightningModule):
     images: Tensor
     entered: Tensor
     last_loss: Tensor
+    first_bad: Tensor
 
     def __init__(
         self,
@@ -115,6 +118,8 @@ class GeneratorModule(pl.LightningModule):
         self.register_buffer("images", torch.full((count, *alignment.input_size), math.nan))
         self.register_buffer("entered", torch.tensor(NO_BATCH))  # the epoch whose batch is being optimised
         self.register_buffer("last_loss", torch.zeros(()))  # kept, because a resumed run asks whether it has settled
+        # of the present batch of images: the first step whose loss was not finite, and the channel where that began
+        self.register_buffer("first_bad", torch.tensor([NO_STEP, 0]))
         self._bind()
 
     def _bind(self) -> None:
@@ -210,6 +215,7 @@ class GeneratorModule(pl.LightningModule):
             self.alignment.forget()
             self.guides.forget()
         self.settling.forget()
+        self.first_bad.fill_(NO_STEP)
         self.source.reset(seeded(self.seed, "source", self.first_batch + epoch))
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
@@ -224,13 +230,14 @@ class GeneratorModule(pl.LightningModule):
         epoch = self.first_batch + self.current_epoch
         labels = self._labels(epoch, batch_idx if self.labels.every_step else 0)
         images = self.source(seeded(self.seed, "latent", epoch, batch_idx), labels)
-        terms = self._network_terms(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
+        terms, moments = self._network_terms(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
         for name, prior in self.priors.items():
             terms[name] = prior(images, seeded(self.seed, name, epoch, batch_idx))
         loss = torch.stack(list(terms.values())).sum()
         self.last_loss = loss.detach()
+        self._note_bad(batch_idx, moments)
         if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
-            self._diverged(self.alignment.first_non_finite(images) or "a prior, or the sum of the terms", batch_idx)
+            self._diverged()
         self._log(loss, terms)
         return loss
 
@@ -241,15 +248,25 @@ class GeneratorModule(pl.LightningModule):
     def _seen(self, images: Tensor, epoch: int, step: int) -> Tensor:
         return self.view(images, seeded(self.seed, "view", epoch, step), step)
 
-    def _network_terms(self, seen: Tensor, labels: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
-        """The terms that need a pass through the network: one, and one through the student where a term compares."""
+    def _network_terms(self, seen: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[dict[str, Tensor], Moments]:
+        """The terms that need a pass through the network: one, and one through the student where a term compares.
+
+        Also the moments that the pass saw.
+        """
         change = nullcontext()
         if self.surgery is not None:
             change = self.surgery(self.alignment.network, seeded(self.seed, "surgery", epoch, step))
         with change:
             look = self.alignment.look(seen, self._features)
         terms = self.alignment.terms(look.moments, len(seen))
-        return terms | self.guides(seen, Answer(look.logits, labels, look.features))
+        return terms | self.guides(seen, Answer(look.logits, labels, look.features)), look.moments
+
+    @torch.no_grad()
+    def _note_bad(self, step: int, moments: Moments) -> None:
+        """Keep where a loss was not finite for the first time, on the device: at the next look it is everywhere."""
+        now = torch.stack([torch.full_like(self.first_bad[0], step), self.alignment.first_non_finite(moments)])
+        first = (self.first_bad[0] == NO_STEP) & ~self.last_loss.isfinite()
+        self.first_bad.copy_(torch.where(first, now, self.first_bad))
 
     def optimizer_step(
         self,
@@ -275,7 +292,7 @@ class GeneratorModule(pl.LightningModule):
             labels = self._labels(place // self.source.batch_size, self.steps if self.source.lasting else 0)
             images = self.source(seeded(self.seed, "images", place), labels)
             if not images.isfinite().all():
-                self._diverged("the images", self.steps - 1)
+                self._diverged()
             images = self.finalize(images, seeded(self.seed, "finalize", place))
             room = self.images[first : min(first + len(images), stop)]
             room.copy_(images[: len(room)])
@@ -285,10 +302,15 @@ class GeneratorModule(pl.LightningModule):
                 self.guides.remember(Answer(look.logits, labels, look.features))
         self.entered.fill_(NO_BATCH)
 
-    def _diverged(self, where: str, step: int) -> None:
+    def _diverged(self) -> None:
+        step, channel = self.first_bad.tolist()
+        if step == NO_STEP:  # every loss was finite, and the last step spoilt the images
+            step, where = self.steps - 1, "the images after it"
+        else:
+            where = self.alignment.place_of(channel) or "a prior, a term on outputs, or the sum of the terms"
         raise RuntimeError(
-            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch} "
-            f"at step {step} (checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
+            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch}; it began "
+            f"at step {step} (looked at every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
             "look for extreme weights or stored statistics before that place"
         )
 
