@@ -103,10 +103,17 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
     with job.stage("images"):
         images = job.source.load(teacher, job.ledger, synthesizer(job, teacher))
     facts = {"origin": images.origin, "count": len(images.images), "digest": images.digest, "files": images.files}
-    job.record.add(images=facts)
+    job.record.add(images=facts | {"from_store": images.origin == "synthetic" and not synthesised(job)})
     if job.is_main and len(images.images):
         save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
+
+
+def synthesised(job: Job) -> bool:
+    """Whether this run took the steps of its images itself, now or before it was killed, or there are none to take."""
+    before = job.record.facts.get("images", {"from_store": True})
+    here = any(stage.startswith(GeneratorModule.stage) for stage in job.fitted)
+    return here or not before.get("from_store") or not report.generator_steps(job.cfg.generator)
 
 
 def rounded_student(job: Job, teacher: Teacher) -> nn.Module:

@@ -153,6 +153,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, ste
     cfg.resume = str(killed)
     run_job(cfg)
     assert same(student(whole), student(killed))
+    assert json.loads((killed / "record.json").read_text())["row"]["images_from_store"] is False
     assert not list((killed / "checkpoints").iterdir())
 
 
@@ -178,7 +179,9 @@ def test_shared_synthesis_makes_the_same_images_and_goes_on_when_killed(tmp_path
     assert records[0]["config_hash"] == records[1]["config_hash"]
 
 
-def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_student_is_scored_without_calibrating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = composed(SMALL, tmp_path)
     first = run_job(cfg)
     monkeypatch.setattr(Job, "fit", None)
@@ -187,6 +190,10 @@ def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch
     again = run_job(scored)
     assert again == {key: value for key, value in first.items() if "nearest" not in key}
     assert (tmp_path / "record.json").read_bytes() == before  # the finished run stays as it was
+    images = [json.loads((folder / "record.json").read_text())["images"] for folder in (tmp_path, tmp_path / "scored")]
+    assert images[0] == images[1]
+    captions = " ".join(capsys.readouterr().out.split())
+    assert captions.count("8 synthetic calibration images") == 2
 
 
 def test_a_run_that_only_went_on_with_another_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -218,6 +225,17 @@ def test_settings_that_change_no_number_do_not_change_the_hash(tmp_path: Path) -
         run_job(composed([*SMALL, "calibration=noise", "reconstruction=none", extra], tmp_path / name))
         hashes.append(json.loads((tmp_path / name / "record.json").read_text())["config_hash"])
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_where_the_files_lie_does_not_change_the_hash(tmp_path: Path) -> None:
+    hashes = []
+    for place in ("a", "b"):  # a configuration with places in its options: the checkpoint, the folder of the images
+        cfg = composed(["model=cifar10_resnet20", "data=cifar10", "calibration=real"], tmp_path / place)
+        cfg.paths.data = str(tmp_path / place / "data")
+        with pytest.raises(Exception, match=r"cifar10_resnet20\.pth"):
+            run_job(cfg)
+        hashes.append(json.loads((tmp_path / place / "record.json").read_text())["config_hash"])
+    assert hashes[0] == hashes[1]
 
 
 def test_missing_data_is_said_before_any_work(tmp_path: Path) -> None:
@@ -265,6 +283,26 @@ def test_a_failing_job_says_why(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "record.json").read_text())
     assert facts["status"] == "failed"
     assert "bits.weight" in facts["error"]
+
+
+def test_a_job_that_cannot_even_open_says_so_in_its_record(tmp_path: Path) -> None:
+    small = [option for option in SMALL if not option.startswith("calibration")]
+    with pytest.raises(Exception, match=r"calibration\.count"):
+        run_job(composed([*small, "calibration.count=0"], tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["status"] == "failed"
+    assert "calibration.count" in facts["error"]
+
+
+def test_the_row_says_whether_another_run_made_the_images(tmp_path: Path) -> None:
+    rows = []
+    for name, extra in (("a", []), ("b", ["bits=w3a3"]), ("c", ["calibration=noise"]), ("d", ["generator=noise"])):
+        cfg = composed([*SMALL, *extra, "reconstruction=none"], tmp_path / name)
+        cfg.paths.store = str(tmp_path / "store")
+        run_job(cfg)
+        rows.append(json.loads((tmp_path / name / "record.json").read_text())["row"])
+    assert [row["images_from_store"] for row in rows] == [False, True, False, False]
+    assert [row["generator_steps"] for row in rows] == [2, 2, None, 0]
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
