@@ -68,8 +68,8 @@ def load_student(student: nn.Module, path: Path, expected: Mapping[str, str] | N
         )
     with torch.no_grad():
         student.load_state_dict(state)
-    for path, part in switches.items():
-        part.enabled = path not in off
+    for name, part in switches.items():
+        part.enabled = name not in off
     return facts
 
 
