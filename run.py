@@ -20,12 +20,11 @@ from callbacks import report
 from callbacks.sample_grid import save_grid
 from callbacks.target_plot import save_targets
 from datamodules.calibration import CalibrationImages
-from datamodules.evaluation import EvaluationData
 from deployment.student_file import load_student, save_student
-from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
+from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import Conversion, convert
@@ -45,8 +44,8 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         report.show_configuration(job.cfg, job.cfg.show.config)
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
-            data = instantiate(job.cfg.data)
-            data.expect()
+            reference = float_reference(job, teacher, instantiate(job.cfg.data))
+        expect_float_accuracy(job, teacher, reference)
         conversion = make_student(job, teacher)
         networks: dict[str, nn.Module] = {"float": teacher.network}
         identity = {"teacher": teacher.weights_hash}
@@ -64,7 +63,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
                 save_student(conversion.student, job.folder / STUDENT, identity)
-        metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
+        metrics = evaluate(job, networks | {"quantized": conversion.student}, reference)
         conclude(job, teacher, conversion, metrics)
     return metrics
 
@@ -218,25 +217,15 @@ def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages) -> 
     report.show_rows("units", module.results, show=job.cfg.show.units, path=path)
 
 
-def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:
-    """Score all networks in one pass over the evaluation data: the first time a data-free run sees a real image."""
-    with job.stage("evaluation"):
-        module = EvaluationModule(networks, reference="float")
-        results = job.alone().test(module, datamodule=data.load(job.ledger), verbose=False)
-    job.record.add(test_images=data.count, limit=data.limit)
-    return {key: float(value) for key, value in results[0].items()}
-
-
 def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[str, float]) -> None:
     """Write what was measured into the record and print the result table."""
     cfg, facts = job.cfg, job.record.facts
     float_bytes, quantized_bytes = weight_bytes(conversion.student)
-    stated = teacher.stated_top1 if cfg.data.limit is None else None
+    flag_float_accuracy(job, teacher, metrics["test/float/top1"])
     job.record.add(
         teacher={"name": teacher.name, "weights_hash": teacher.weights_hash, "stated_top1": teacher.stated_top1},
         metrics=metrics,
         bytes={"float": float_bytes, "quantized": quantized_bytes},
-        warning=report.flag_float_accuracy(metrics["test/float/top1"], stated, cfg.stated_tolerance),
     )
     if not cfg.evaluate:
         job.record.add(row=report.result_row(facts))

@@ -115,9 +115,9 @@ def changes(facts: dict[str, Any]) -> str:
     run = OmegaConf.create(config)
     for group in groups:
         run[group] = defaults[group]  # in its place, for what it takes from elsewhere (`${model.mean}`)
-        default = flat(OmegaConf.create(OmegaConf.to_container(run[group], resolve=True)), f"{group}.")
+        default = flat(DictConfig(OmegaConf.to_container(run[group], resolve=True)), f"{group}.")
         run[group] = config[group]
-        chosen = flat(OmegaConf.create(config[group]), f"{group}.")
+        chosen = flat(DictConfig(config[group]), f"{group}.")
         keys = [key for key in {**default, **chosen} if key not in ELSEWHERE]
         found += [f"{key}={chosen.get(key, '(absent)')}" for key in keys if default.get(key) != chosen.get(key)]
     return " ".join(sorted(brief(setting) for setting in found))

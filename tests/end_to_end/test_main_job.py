@@ -66,7 +66,9 @@ def test_real_images_are_listed(tmp_path: Path) -> None:
     run_job(composed([*SMALL, "calibration=real"], tmp_path))
     facts = json.loads((tmp_path / "record.json").read_text())
     assert facts["data_free"] is False
-    assert [entry["stage"] for entry in facts["real_data"]] == ["calibration", "evaluation"]
+    assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation", "calibration"]
+    assert next(iter(facts["stages"])) == "teacher"
+    assert list(facts["stages"])[1] == "float"  # measured before anything is made of it
     assert len(facts["images"]["files"]) == 8
 
 
@@ -91,6 +93,44 @@ def test_nothing_can_be_reconstructed_without_images(tmp_path: Path) -> None:
     ):
         run_job(composed([*NO_IMAGES, "calibration=none"], tmp_path))
     assert not (tmp_path / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("calibration", ["noise", "real"])
+def test_float_answers_from_the_store_give_the_same_bits(tmp_path: Path, calibration: str) -> None:
+    results = []
+    for name in ("measured", "known"):
+        cfg = composed([*SMALL, f"calibration={calibration}"], tmp_path / name)
+        cfg.paths.store = str(tmp_path / "store")
+        results.append((run_job(cfg), json.loads((tmp_path / name / "record.json").read_text())))
+    assert results[0][0] == results[1][0]
+    assert [facts["float_from_store"] for _, facts in results] == [False, True]
+    assert results[0][1]["real_data"] == results[1][1]["real_data"]
+    assert same(student(tmp_path / "measured"), student(tmp_path / "known"))
+
+
+class Made(Exception):  # noqa: N818  not an error
+    pass
+
+
+def test_a_float_accuracy_that_is_not_the_stated_one_is_flagged_before_images_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise Made
+
+    monkeypatch.setattr("run.calibration_images", stop)
+    whole = [option for option in SMALL if not option.startswith("data.limit")]
+    found = []
+    for name in ("noise", "real", "noise"):  # nothing known; measured now; known
+        folder = tmp_path / str(len(found))
+        cfg = composed([*whole, f"calibration={name}", "model.stated_top1=99.0"], folder)
+        cfg.paths.store = str(tmp_path / "store")
+        with pytest.raises(Made):
+            run_job(cfg)
+        found.append(json.loads((folder / "record.json").read_text()))
+    assert [len(facts["real_data"]) for facts in found] == [0, 1, 0]
+    assert "warning" not in found[0]
+    assert all("the model configuration states 99.00" in facts["warning"] for facts in found[1:])
 
 
 def test_targets_are_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
