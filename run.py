@@ -18,11 +18,11 @@ from torch import nn
 from callbacks import report
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
-from datamodules.evaluation import EvaluationData
 from deployment.student_file import load_student, save_student
-from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
+from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference
 from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of
 from lightning_modules.stored_synthesis import synthesizer
 from networks.teachers import Teacher
@@ -45,8 +45,8 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         report.show_configuration(job.cfg, job.cfg.show.config)
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
-            data = instantiate(job.cfg.data)
-            data.expect()
+            reference = float_reference(job, teacher, instantiate(job.cfg.data))
+        expect_float_accuracy(job, teacher, reference)
         conversion = make_student(job, teacher)
         networks: dict[str, nn.Module] = {"float": teacher.network}
         identity = {"teacher": teacher.weights_hash}
@@ -68,7 +68,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
                 save_student(conversion.student, job.folder / STUDENT, identity)
                 (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
             job.forget_checkpoints()
-        metrics = evaluate(job, networks | {"quantized": conversion.student}, data)
+        metrics = evaluate(job, networks | {"quantized": conversion.student}, reference)
         conclude(job, teacher, conversion, metrics)
     return metrics
 
@@ -112,10 +112,17 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
     with job.stage("images"):
         images = job.source.load(teacher, job.ledger, synthesizer(job, teacher))
     facts = {"origin": images.origin, "count": len(images.images), "digest": images.digest, "files": images.files}
-    job.record.add(images=facts)
+    job.record.add(images=facts | {"from_store": images.origin == "synthetic" and not synthesised(job)})
     if job.is_main and len(images.images):
         save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
+
+
+def synthesised(job: Job) -> bool:
+    """Whether this run took the steps of its images itself, now or before it was killed, or there are none to take."""
+    before = job.record.facts.get("images", {"from_store": True})
+    here = any(stage.startswith(GeneratorModule.stage) for stage in job.fitted)
+    return here or not before.get("from_store") or not report.generator_steps(job.cfg.generator)
 
 
 def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
@@ -166,25 +173,15 @@ def correct(job: Job, teacher: Teacher, conversion: Conversion, images: Calibrat
     job.record.add(corrections=job.corrections.applied)
 
 
-def evaluate(job: Job, networks: dict[str, nn.Module], data: EvaluationData) -> dict[str, float]:
-    """Score all networks in one pass over the evaluation data: the first time a data-free run sees a real image."""
-    with job.stage("evaluation"):
-        module = EvaluationModule(networks, reference="float")
-        results = job.alone().test(module, datamodule=data.load(job.ledger), verbose=False)
-    job.record.add(test_images=data.count, limit=data.limit)
-    return {key: float(value) for key, value in results[0].items()}
-
-
 def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[str, float]) -> None:
     """Write what was measured into the record and print the result table."""
     cfg, facts = job.cfg, job.record.facts
     float_bytes, quantized_bytes = weight_bytes(conversion.student)
-    stated = teacher.stated_top1 if cfg.data.limit is None else None
+    flag_float_accuracy(job, teacher, metrics["test/float/top1"])
     job.record.add(
         teacher={"name": teacher.name, "weights_hash": teacher.weights_hash, "stated_top1": teacher.stated_top1},
         metrics=metrics,
         bytes={"float": float_bytes, "quantized": quantized_bytes},
-        warning=report.flag_float_accuracy(metrics["test/float/top1"], stated, cfg.stated_tolerance),
     )
     if not cfg.evaluate:
         job.record.add(row=report.result_row(facts))

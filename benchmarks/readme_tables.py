@@ -28,7 +28,12 @@ TABLES = {  # by document and results file
         "calibrant_ablation": "What composes: `generator=calibrant` with one part changed, and pixels (CIFAR-10, W3A3)",
     },
 }
-SETTING = ("network", "protocol", "w_bits", "a_bits", "images", "image_count", "pipeline", "changes")
+# What tells settings apart. Files from before a column was there lack it: then it stays empty.
+SETTING = (
+    "network", "protocol", "w_bits", "a_bits", "images", "image_count", "generator_steps", "weight", "activation",
+    "pipeline", "iterations", "corrections", "changes",
+)  # fmt: skip
+SHOWN = {"generator.steps": "generator_steps", "reconstruction.iterations": "iterations"}  # settings with a place
 
 
 def spread(values: list[float]) -> str:
@@ -39,8 +44,27 @@ def spread(values: list[float]) -> str:
 
 def order(item: tuple[tuple[str, ...], list[dict[str, str]]]) -> tuple[Any, ...]:
     """Networks and protocols together, widest bits first."""
-    network, protocol, w, a, images, count, pipeline, changes = item[0]
-    return network, protocol, -int(w), -int(a), pipeline, images, int(count), changes
+    row = dict(zip(SETTING, item[0], strict=True))
+    first = row["network"], row["protocol"], -int(row["w_bits"]), -int(row["a_bits"]), row["pipeline"]
+    return *first, row["images"], int(row["image_count"]), item[0]
+
+
+def cells(row: dict[str, str]) -> list[str]:
+    """How a setting is told: network, protocol, bits, images, quantizers, reconstruction, each with its length."""
+    images = f"{row['image_count']} {row['images']}"
+    if row["generator_steps"] not in ("", "0"):
+        images += f", {row['generator_steps']} steps"
+    told = [key for key, column in SHOWN.items() if row[column]]
+    others = [setting for setting in row["changes"].split() if setting.split("=")[0] not in told]
+    if others:
+        images += f", `{' '.join(others)}`"
+    pipeline = row["pipeline"]
+    if pipeline != "none" and row["iterations"]:
+        pipeline += f", {row['iterations']} its"
+    if row["corrections"] not in ("", "none"):
+        pipeline += f", {row['corrections']}"
+    quantizers = ", ".join(part for part in (row["weight"], row["activation"]) if part)
+    return [row["network"], row["protocol"], f"W{row['w_bits']}A{row['a_bits']}", images, quantizers, pipeline]
 
 
 def table(name: str, title: str) -> list[str]:
@@ -51,14 +75,15 @@ def table(name: str, title: str) -> list[str]:
     for row in rows:
         groups.setdefault(tuple(row.get(key) or "" for key in SETTING), []).append(row)
     lines = [f"**{title}**", ""]
-    lines.append("| network | protocol | bits | images | reconstruction | seeds | float | nearest | top-1 |")
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for (network, protocol, w, a, images, count, pipeline, changed), group in sorted(groups.items(), key=order):
+    lines.append(
+        "| network | protocol | bits | images | quantizers | reconstruction | seeds | float | nearest | top-1 |"
+    )
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for setting, group in sorted(groups.items(), key=order):
         scores = [spread([float(row[key]) for row in group]) for key in ("float_top1", "nearest_top1", "top1")]
         scores[0] = scores[0].split(" ")[0]
-        images = f"{count} {images}" + (f", `{changed}`" if changed else "")
-        cells = [network, protocol, f"W{w}A{a}", images, pipeline, str(len(group)), *scores]
-        lines.append(f"| {' | '.join(cells)} |")
+        told = cells(dict(zip(SETTING, setting, strict=True)))
+        lines.append(f"| {' | '.join([*told, str(len(group)), *scores])} |")
     made = sorted({(row["date"], row["machine"]) for row in rows})
     lines += ["", f"`benchmarks/results/{name}.csv`, made on " + "; ".join(f"{d} ({m})" for d, m in made) + ".", ""]
     return lines

@@ -3,21 +3,27 @@
     python benchmarks/table.py cifar10 -- experiment=cifar10_resnet20_dsg_w4a4 sweep=cifar10
     python benchmarks/table.py cifar10 --collect multirun/<folder>       rows of a sweep that has already run
 
-What stands after `--` goes to `run.py`. Rows of the same settings and seed that the file already holds are replaced.
+What stands after `--` goes to `run.py`. Rows that the file holds of the same command and seed are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from callbacks.report import write_csv
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from callbacks.report import flat, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,7 +37,26 @@ IDENTITY = (
     "pipeline",
     "allocation",
     "seed",
-    "config_hash",
+    "weight",
+    "activation",
+    "corrections",
+    "test_images",
+)
+PLACES = ("paths.", "logger.", "show.", "data.root", "hydra.", "callbacks.")
+ASIDE = ("data", "paths", "logger", "callbacks", "hydra", "experiment", "sweep", "debug", "local")
+ELSEWHERE = (  # what has a column of its own, says where files are, or changes no number
+    "bits.weight",
+    "bits.activation",
+    "calibration.count",
+    "calibration.root",
+    "model.name",
+    "model.checkpoint",
+    "model.obtain",
+    "model.stated_top1",
+    "reconstruction.forward_batch_size",
+    "reconstruction.residency",
+    "trainer.accelerator",
+    "trainer.log_every_n_steps",
 )
 
 
@@ -49,26 +74,84 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("**/record.json")):
         facts = json.loads(path.read_text())
         if facts["status"] == "finished":
-            rows.append(facts["row"] | {"changes": changes(facts["overrides"])})
+            rows.append(facts["row"] | {"changes": changes(facts), "overrides": spelled(facts["overrides"])})
         else:
             print(f"left out: {path.parent.name}: {facts.get('error', facts['status'])}", file=sys.stderr)
     return rows
 
 
-def changes(overrides: list[str]) -> str:
-    """The single settings that a run changed in the options it chose, but for those that say where files are."""
-    places = ("paths.", "logger.", "show.", "data.root", "hydra.")
-    return " ".join(sorted(o for o in overrides if "." in o.split("=")[0] and not o.startswith(places)))
+def spelled(overrides: list[str]) -> str:
+    """What a run's command line asks for beyond the options that have a column of their own, and beyond places."""
+    asked = (o for o in overrides if not o.startswith(PLACES) and ("." in o.split("=")[0] or unusual(o)))
+    return " ".join(sorted(brief(o) for o in asked))
+
+
+def brief(setting: str) -> str:
+    """A setting without spaces, and of a path in it the last part: where files lie on one machine helps nobody."""
+    key, _, value = setting.replace(" ", "").partition("=")
+    return f"{key}={Path(value).name}" if value.startswith(("/", "~")) else f"{key}={value}"
+
+
+def unusual(override: str) -> bool:
+    """Whether it chooses calibration images of a kind that the columns `images` and `image_count` do not tell."""
+    group, _, option = override.partition("=")
+    return group == "calibration" and re.fullmatch(r"(synthetic|real|noise|none)(_\d+)?", option) is None
+
+
+def changes(facts: dict[str, Any]) -> str:
+    """Every setting in which a run differs from the options it chose, whether an experiment or the command line set it.
+
+    An option that is no longer there cannot be compared with: then only what the command line says.
+    """
+    config, choices = facts["config"], facts["choices"]
+    groups = [g for g in config if choices.get(g) not in (None, "None") and g not in ASIDE]
+    if facts["images"]["origin"] != "synthetic" and "generator" in groups:
+        groups.remove("generator")
+    try:
+        defaults = options(*(f"{group}={choices[group]}" for group in groups))
+    except HydraException:
+        return spelled(facts["overrides"])
+    found = [o for o in (f"calibration={choices.get('calibration')}",) if "calibration" in groups and unusual(o)]
+    run = OmegaConf.create(config)
+    for group in groups:
+        run[group] = defaults[group]  # in its place, for what it takes from elsewhere (`${model.mean}`)
+        default = flat(DictConfig(OmegaConf.to_container(run[group], resolve=True)), f"{group}.")
+        run[group] = config[group]
+        chosen = flat(DictConfig(config[group]), f"{group}.")
+        keys = [key for key in {**default, **chosen} if key not in ELSEWHERE]
+        found += [f"{key}={chosen.get(key, '(absent)')}" for key in keys if default.get(key) != chosen.get(key)]
+    return " ".join(sorted(brief(setting) for setting in found))
+
+
+@functools.cache
+def options(*choices: str) -> DictConfig:
+    """The configuration of these options as their files have them."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(choices))
+
+
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether `new` measures again what `old` did: the same columns, asked for by the same experiment and overrides.
+
+    Not the same configuration: after a change of defaults the same command replaces its rows. Rows from before
+    `experiment` was a column agree with any, and say in `changes` what their command line set.
+    """
+
+    def text(row: dict[str, Any], key: str) -> str:
+        value = row.get(key)
+        return "none" if value in (None, "") else str(value)
+
+    if any(text(new, key) != text(old, key) for key in IDENTITY):
+        return False
+    if old.get("experiment"):
+        return all(text(new, key) == text(old, key) for key in ("experiment", "overrides"))
+    settings = [o for o in (new.get("overrides") or "").split() if "." in o.split("=")[0]]
+    return settings == (old.get("changes") or "").split()
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`new` after those of `old` that are not measured again; columns that a row lacks stay empty."""
-
-    def identity(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row.get(key)) for key in IDENTITY)
-
-    again = {identity(row) for row in new}
-    kept = [row for row in old if identity(row) not in again]
+    kept = [row for row in old if not any(replaces(again, row) for again in new)]
     columns = list(dict.fromkeys(key for row in (*kept, *new) for key in row))
     return [{key: row.get(key, "") for key in columns} for row in (*kept, *new)]
 

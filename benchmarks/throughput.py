@@ -15,7 +15,7 @@ import csv
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,29 +36,42 @@ from quantizers.convert import convert
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "throughput.csv"
 CASES = {"cifar10_resnet20": 64, "resnet18": 8}  # network -> batch of both loops
-
+LEAST_STEPS = 3
 
 Stage = Callable[[Any, Teacher, int, int], tuple[float, float]]
 
 
 class StepTimer(pl.Callback):
-    """Seconds from the first to the last step's end, without what surrounds the loop."""
+    """Times the steps of one epoch alone, without what surrounds its loop and without the steps of other units.
 
-    def __init__(self) -> None:
+    Args:
+        epoch: whose steps are timed.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
         self.marks: list[float] = []
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.marks.append(time.perf_counter())
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            self.marks.append(time.perf_counter())
 
     @property
     def seconds_per_step(self) -> float:
-        """Median time between the ends of two steps."""
-        return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))
+        """Median time of a step; see `median_interval`."""
+        return median_interval(self.marks)
 
 
-def fit_timed(module: pl.LightningModule, datamodule: pl.LightningDataModule | None = None, **arguments: Any) -> float:
-    """Seconds a step inside a Trainer."""
-    timer = StepTimer()
+def median_interval(marks: Sequence[float]) -> float:
+    """Median time between neighbouring marks, without the first interval, in which memory is still being allocated."""
+    return statistics.median(b - a for a, b in list(itertools.pairwise(marks))[1:])
+
+
+def fit_timed(
+    module: pl.LightningModule, datamodule: pl.LightningDataModule | None = None, *, epoch: int = 0, **arguments: Any
+) -> float:
+    """Seconds a step of `epoch` inside a Trainer."""
+    timer = StepTimer(epoch)
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     pl.Trainer(accelerator="cpu", callbacks=[timer], enable_model_summary=False, **arguments).fit(
         module, datamodule=datamodule
@@ -67,12 +80,12 @@ def fit_timed(module: pl.LightningModule, datamodule: pl.LightningDataModule | N
 
 
 def plain_timed(step: Callable[[], None], steps: int) -> float:
-    """Median seconds of a call."""
-    marks = [time.perf_counter()]
+    """Median seconds of a call, taken as in a Trainer: between the ends of two calls, without the first interval."""
+    marks = []
     for _ in range(steps):
         step()
         marks.append(time.perf_counter())
-    return statistics.median(b - a for a, b in itertools.pairwise(marks))
+    return median_interval(marks)
 
 
 def synthesis(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
@@ -97,8 +110,9 @@ def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
     target_epoch = 2
     module.epochs = module.epochs[: target_epoch + 1]
-    timer = fit_timed(module, datamodule, **(module.trainer_arguments() | {"max_epochs": target_epoch + 1}))
-    return timer, plain_reconstruction(cfg, conversion, images, target_epoch, steps)
+    arguments = module.trainer_arguments() | {"max_epochs": target_epoch + 1}
+    ours = fit_timed(module, datamodule, epoch=target_epoch, **arguments)
+    return ours, plain_reconstruction(cfg, conversion, images, target_epoch, steps)
 
 
 def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
@@ -179,6 +193,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    if options.steps < LEAST_STEPS:
+        parser.error(
+            f"--steps: expected at least {LEAST_STEPS}, the first interval does not count; got {options.steps}"
+        )
     torch.set_num_threads(options.threads)
     quieten()
     rows = [row for network in options.network for row in measure(network, options)]

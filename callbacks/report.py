@@ -127,6 +127,7 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
+    synthetic = facts["images"]["origin"] == "synthetic"
     parts = [*facts.get("earlier_stages", []), facts["stages"]]
     return {
         "network": facts["teacher"]["name"],
@@ -134,7 +135,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": config["protocol"]["name"],
         "w_bits": config["bits"]["weight"],
         "a_bits": config["bits"]["activation"],
-        "images": choices.get("generator") if facts["images"]["origin"] == "synthetic" else facts["images"]["origin"],
+        "images": choices.get("generator") if synthetic else facts["images"]["origin"],
         "image_count": facts["images"]["count"],
         "pipeline": choices.get("reconstruction"),
         "allocation": "uniform",
@@ -142,7 +143,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "top1": round(metrics["test/quantized/top1"], 2),
         "agreement": round(metrics["test/quantized/agreement"], 2),
         "seconds": round(sum(stage["seconds"] for part in parts for stage in part.values()), 1),
-        "peak_mib": max(stage["peak_mib"] for stage in facts["stages"].values()),
+        "peak_mib": max(stage["peak_mib"] for part in parts for stage in part.values()),
         "machine": facts["machine"],
         "commit": facts["commit"],
         "date": facts["started"][:10],
@@ -153,7 +154,20 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "test_images": facts["test_images"],
         "config_hash": facts["config_hash"],
         "corrections": "+".join(config.get("corrections", {})) or "none",
+        "experiment": named(choices.get("experiment")),
+        "generator_steps": generator_steps(config["generator"]) if synthetic else None,
+        "images_from_store": facts["images"]["from_store"],
     }
+
+
+def generator_steps(generator: Mapping[str, Any]) -> int:
+    """Optimizer steps for each batch of images; none for noise, whatever `steps` a sweep over generators sets."""
+    return 0 if str(generator["_target_"]).endswith(".build_noise") else int(generator["steps"])
+
+
+def named(choice: str | None) -> str:
+    """The chosen option of a group that may be left out, or `none`."""
+    return "none" if choice in (None, "None", "null") else str(choice)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

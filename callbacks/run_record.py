@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -30,33 +31,50 @@ class RunRecord:
     Args:
         folder: the run's output folder.
         config: the resolved configuration as plain containers.
+        named_by: what `config_hash` is made of: the configuration with its interpolations as they are written, so that
+            it does not depend on where the files lie; None: `config`.
+        device: where the run computes; None: the CPU.
         write: whether this process writes the file; of several processes of one run, only the first.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, write: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        named_by: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+        write: bool = True,
+    ) -> None:
         self.folder = folder
+        self.on_gpu = device is not None and device.type == "cuda"
         self.writes = write
+        named_by = config if named_by is None else named_by
         self.facts: dict[str, Any] = {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
-            "config_hash": digest({key: value for key, value in config.items() if key not in UNHASHED}),
+            "config_hash": digest({key: value for key, value in named_by.items() if key not in UNHASHED}),
             "versions": versions(),
             "commit": commit(),
-            "machine": machine(),
+            "machine": machine(device),
             "stages": {},
         }
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure wall seconds and peak memory of a `with` block under `stages.<name>`."""
+        """Measure wall seconds and peak memory of a `with` block under `stages.<name>`; stages do not nest."""
         started = time.perf_counter()
-        if torch.cuda.is_available():
+        forget_peak()
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
             yield
         finally:
-            self.facts["stages"][name] = {"seconds": round(time.perf_counter() - started, 3), **peak_memory()}
+            facts = {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(peak_mib(), 1)}
+            if self.on_gpu:
+                facts["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            self.facts["stages"][name] = facts
             self.write()
 
     def add(self, **facts: Any) -> None:
@@ -101,10 +119,10 @@ def commit() -> str | None:
     return head.stdout.strip()[:12] + ("+" if state.stdout.strip() else "")
 
 
-def machine() -> str:
-    """Processor or GPU and the number of threads, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: torch.device | None = None) -> str:
+    """The GPU's name where `device` is one, else the processor and the number of threads, in words."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -115,11 +133,25 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def peak_memory() -> dict[str, float]:
-    """Peak MiB so far: of the process on the host, and of this stage on the GPU where there is one."""
+def forget_peak() -> bool:
+    """Start measuring the process's peak memory anew; False where the system cannot, and the peak is that of its life.
+
+    Linux counts from the present memory again when 5 is written to `/proc/self/clear_refs` (proc(5)).
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_mib() -> float:
+    """Peak MiB of the process on the host since `forget_peak`, or of its life where that is not known."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    found = {"peak_mib": round(peak, 1)}
-    if torch.cuda.is_available():
-        found["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return found
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

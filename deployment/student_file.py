@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,18 +11,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from quantizers.layer import ActivationSite, QuantizedLayer
+
 FORMAT = "calibrant student 1"
+SWITCHED_OFF = "switched_off"
 
 
 def save_student(student: nn.Module, path: Path, facts: Mapping[str, str]) -> Path:
     """Write the student's state (float weights, roundings, scales, zero points) and `facts` as metadata.
 
-    The file appears whole: it is written under a temporary name and renamed.
+    Also which parts are switched off: a tensor that no calibration image reached stays in float. The file appears
+    whole: it is written under a temporary name and renamed.
     """
     state = {key: value.detach().cpu().clone().contiguous() for key, value in student.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"format": FORMAT, **facts})
+    off = json.dumps([path for path, part in _switches(student).items() if not part.enabled])
+    save_file(state, temporary, metadata={"format": FORMAT, SWITCHED_OFF: off, **facts})
     temporary.replace(path)
     return path
 
@@ -51,8 +57,10 @@ def load_student(student: nn.Module, path: Path, expected: Mapping[str, str] | N
         if facts.get(key) != value:
             raise ValueError(f"student file: {key} is {facts.get(key)!r} in {path}, but {value!r} here")
     own = student.state_dict()
+    switches, off = _switches(student), json.loads(facts.get(SWITCHED_OFF, "[]"))
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    surplus += [path for path in off if path not in switches]
     if missing or surplus or shapes:
         raise ValueError(
             f"student file: {path} does not fit this student (missing {missing[:3]}, unexpected {surplus[:3]}, other "
@@ -60,4 +68,10 @@ def load_student(student: nn.Module, path: Path, expected: Mapping[str, str] | N
         )
     with torch.no_grad():
         student.load_state_dict(state)
+    for name, part in switches.items():
+        part.enabled = name not in off
     return facts
+
+
+def _switches(student: nn.Module) -> dict[str, QuantizedLayer | ActivationSite]:
+    return {path: m for path, m in student.named_modules() if isinstance(m, QuantizedLayer | ActivationSite)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytorch_lightning as pl
@@ -193,15 +195,20 @@ class BNAlignmentModule(pl.LightningModule):
             self.get_buffer(name).zero_()
 
     @torch.no_grad()
-    def first_non_finite(self, images: Tensor) -> str | None:
-        """Return the first place, the images or a layer in order of execution, whose values are not finite."""
-        if not images.isfinite().all():
-            return "the images"
-        parts = self.moments(images)
-        finite = (parts.mean.isfinite() & parts.var.isfinite()).all(0).split(self.sizes)
-        return next(
-            (f"layer {name!r}" for name, good in zip(self.layers, finite, strict=False) if not good.all()), None
-        )
+    def first_non_finite(self, moments: Moments) -> Tensor:
+        """Return, on the device, the first channel whose moments are not finite; the number of channels if all are.
+
+        Channels of the images come first, then those of the layers in order of execution; `place_of` names them.
+        """
+        zeros = (0 * moments.mean + 0 * moments.var).sum(0)  # NaN where anything was not finite, in few operations
+        layers, images = zeros.split([len(zeros) - self.sizes[-1], self.sizes[-1]])
+        return (torch.cat([images, layers, zeros.new_ones(1)]) == 0).byte().argmin()
+
+    def place_of(self, channel: int) -> str | None:
+        """Name the place of a channel that `first_non_finite` gave; None if all moments were finite."""
+        sizes = [self.sizes[-1], *self.sizes[:-1]]
+        names = ("the images", *(f"layer {layer!r}" for layer in self.layers), None)
+        return names[bisect_right(list(accumulate(sizes)), channel)]
 
     def on_validation_start(self) -> None:
         self.place(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ class EvaluationModule(LightningModule):
     Args:
         networks: what to score, by name; one that stands under several names runs once.
         reference: name of the float network among them.
+        known: (N, K), what the reference answers on all images in their order, if that has been measured before; it is
+            not run then.
+
+    Attributes:
+        answered: (N, K), what the reference answered in the last pass.
 
     Raises:
         ValueError: if the reference is not among the networks, or a name cannot be a metric's name.
@@ -30,7 +36,7 @@ class EvaluationModule(LightningModule):
 
     stage = "evaluation"
 
-    def __init__(self, networks: Mapping[str, nn.Module], reference: str) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], reference: str, *, known: Tensor | None = None) -> None:
         super().__init__()
         if reference not in networks:
             raise ValueError(f"reference: expected one of {', '.join(networks) or '(no networks)'}, got {reference!r}")
@@ -40,6 +46,8 @@ class EvaluationModule(LightningModule):
         self.names = list(networks)
         self.networks = nn.ModuleList(networks.values())  # a ModuleDict would refuse the name "float"
         self.reference = reference
+        self.known = known
+        self._answered: list[Tensor] = []
         metrics = ("top1", f"top{TOP_K}", "loss", "agreement", "kl")
         self.metrics = nn.ModuleDict({f"{name}/{metric}": MeanMetric() for name in networks for metric in metrics})
 
@@ -47,12 +55,21 @@ class EvaluationModule(LightningModule):
         """Forget an earlier pass."""
         for metric in self.metrics.values():
             metric.reset()  # type: ignore[operator]
+        self._answered = []
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Score one batch: images (B, C, H, W) and labels (B,)."""
         images, labels = batch
-        answers = {network: network(images).float() for network in self.networks}  # each once, whatever its names
-        reference = answers[self.networks[self.names.index(self.reference)]]
+        answers: dict[nn.Module, Tensor] = {}
+        float_network = self.networks[self.names.index(self.reference)]
+        if self.known is not None:
+            first = sum(len(part) for part in self._answered)
+            answers[float_network] = self.known[first : first + len(images)].to(images.device)
+        for network in self.networks:  # each once, whatever its names
+            if network not in answers:
+                answers[network] = network(images).float()
+        reference = answers[float_network]
+        self._answered.append(reference.cpu())
         for name, network in zip(self.names, self.networks, strict=True):
             self._update(name, answers[network], labels)
             if name != self.reference:
@@ -63,6 +80,11 @@ class EvaluationModule(LightningModule):
         for key, metric in self.metrics.items():
             if metric.update_called:
                 self.log(f"test/{key}", metric.compute())  # type: ignore[operator]
+
+    @property
+    def answered(self) -> Tensor:
+        """The reference's logits (N, K) of the last pass, on the CPU."""
+        return torch.cat(self._answered)
 
     def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:  # (B, K), (B,)
         self._add(name, "loss", F.cross_entropy(logits, labels, reduction="none"))

@@ -39,6 +39,7 @@ ScheduleFactory = Callable[[Optimizer], LRScheduler | Rates]
 
 CHECK_EVERY = 25  # steps between looks at the loss, each of which waits for the device
 NO_BATCH = -1
+NO_STEP = -1
 SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of an epoch
 
 
@@ -76,6 +77,7 @@ class GeneratorModule(pl.LightningModule):
     stage = "synthesis"
     entered: Tensor
     last_loss: Tensor
+    first_bad: Tensor
 
     def __init__(
         self,
@@ -125,6 +127,8 @@ class GeneratorModule(pl.LightningModule):
         self.finished = 0  # of `images`, from the front
         self.register_buffer("entered", torch.tensor(NO_BATCH))  # the epoch whose batch is being optimised
         self.register_buffer("last_loss", torch.zeros(()))  # kept, because a resumed run asks whether it has settled
+        # of the present batch of images: the first step whose loss was not finite, and the channel where that began
+        self.register_buffer("first_bad", torch.tensor([NO_STEP, 0]))
         self._bind()
 
     def _bind(self) -> None:
@@ -242,6 +246,7 @@ class GeneratorModule(pl.LightningModule):
             self.alignment.forget()
             self.guides.forget()
         self.settling.forget()
+        self.first_bad.fill_(NO_STEP)
         self.source.reset(seeded(self.seed, "source", self.first_batch + epoch))
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
@@ -263,8 +268,9 @@ class GeneratorModule(pl.LightningModule):
                 terms[name] = prior(raised(images), seeded(self.seed, name, epoch, batch_idx))
             loss = torch.stack(list(terms.values())).sum()
         self.last_loss = loss.detach()
+        self._note_bad(batch_idx, moments)
         if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
-            self._diverged(self.alignment.first_non_finite(images) or "a prior, or the sum of the terms", batch_idx)
+            self._diverged()
         self._log(loss, terms)
         return loss
 
@@ -283,6 +289,13 @@ class GeneratorModule(pl.LightningModule):
         with change:
             look = self.alignment.look(seen, self._features) if self._look is None else self._look(seen)
         return look.moments, self.guides.ask_student(seen, Answer(look.logits, labels, look.features))
+
+    @torch.no_grad()
+    def _note_bad(self, step: int, moments: Moments) -> None:
+        """Keep where a loss was not finite for the first time, on the device: at the next look it is everywhere."""
+        now = torch.stack([torch.full_like(self.first_bad[0], step), self.alignment.first_non_finite(moments)])
+        first = (self.first_bad[0] == NO_STEP) & ~self.last_loss.isfinite()
+        self.first_bad.copy_(torch.where(first, now, self.first_bad))
 
     def optimizer_step(
         self,
@@ -308,7 +321,7 @@ class GeneratorModule(pl.LightningModule):
             labels = self._labels(place // self.source.batch_size, self.steps if self.source.lasting else 0)
             images = self.source(seeded(self.seed, "images", place), labels)
             if not images.isfinite().all():
-                self._diverged("the images", self.steps - 1)
+                self._diverged()
             images = self.finalize(images, seeded(self.seed, "finalize", place))
             room = self.images[first : min(first + len(images), stop)]
             room.copy_(images[: len(room)])
@@ -319,10 +332,15 @@ class GeneratorModule(pl.LightningModule):
         self.finished = stop
         self.entered.fill_(NO_BATCH)
 
-    def _diverged(self, where: str, step: int) -> None:
+    def _diverged(self) -> None:
+        step, channel = self.first_bad.tolist()
+        if step == NO_STEP:  # every loss was finite, and the last step spoilt the images
+            step, where = self.steps - 1, "the images after it"
+        else:
+            where = self.alignment.place_of(channel) or "a prior, a term on outputs, or the sum of the terms"
         raise RuntimeError(
-            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch} "
-            f"at step {step} (checked every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
+            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch}; it began "
+            f"at step {step} (looked at every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
             "look for extreme weights or stored statistics before that place"
         )
 

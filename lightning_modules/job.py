@@ -46,7 +46,10 @@ class Job:
         record: facts for `record.json`.
         ledger: every real data set that is opened, and at which stage.
         loggers: one set for all stages.
+        fitted: the stages that trained in this process.
     """
+
+    source: CalibrationSource
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         quieten()
@@ -54,15 +57,18 @@ class Job:
         self.folder = folder
         self.is_main = rank_zero_only.rank == 0
         report.console.quiet = not self.is_main
-        self.record = RunRecord(folder, plain(cfg), write=self.is_main)
+        named_by = plain(cfg, resolve=False)
+        self.record = RunRecord(folder, plain(cfg), named_by=named_by, device=self.device, write=self.is_main)
         self.record.add(**origin(cfg))
-        self.source: CalibrationSource = instantiate(cfg.calibration)
-        self.corrections = Corrections(instantiate(cfg.get("corrections", {}), _convert_="all"))
-        self.ledger = DataLedger(data_free=self.source.origin != "real")
+        self.ledger = DataLedger(data_free=True)  # until it is known where the images come from
         self.loggers: list[Logger] = []
+        self.fitted: list[str] = []
 
-    def open_loggers(self) -> None:
-        """Start the loggers that the configuration names."""
+    def open(self) -> None:
+        """Find out where the calibration images come from, and start the loggers that the configuration names."""
+        self.source = instantiate(self.cfg.calibration)
+        self.corrections = Corrections(instantiate(self.cfg.get("corrections", {}), _convert_="all"))
+        self.ledger = DataLedger(data_free=self.source.origin != "real")
         if self.cfg.resume:
             keep_metrics(self.folder / "csv")
         for settings in self.cfg.logger.values():
@@ -118,6 +124,7 @@ class Job:
         if self.cfg.resume and checkpoint.exists():
             log.info("resuming from %s", checkpoint)
             arguments |= {"ckpt_path": checkpoint, **SAFE_LOADING}
+        self.fitted.append(getattr(module, "stage", type(module).__name__))
         trainer.fit(module, **arguments)
 
     def forget_checkpoints(self) -> None:
@@ -139,7 +146,7 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
     job = Job(cfg, folder)
     status = "failed"
     try:
-        job.open_loggers()
+        job.open()
         yield job
         status = "finished"
     except BaseException as error:

@@ -50,7 +50,8 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
 def origin(cfg: DictConfig) -> dict[str, Any]:
     """Overrides and chosen options for the record: this command's, or those of the run that it goes on with.
 
-    A resumed run also takes over what its stages had taken so far, as `earlier_stages`.
+    What is known of that run's images comes along; a resumed run also takes over what its stages had taken so far, as
+    `earlier_stages`.
     """
     source = cfg.resume or cfg.evaluate
     path = Path(source) / "record.json" if source else None
@@ -58,15 +59,17 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
         return {"overrides": overrides(), "choices": choices()}
     old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
+    if "images" in old:
+        facts["images"] = old["images"]
     if cfg.resume:
         facts |= {key: old[key] for key in ("corrections",) if key in old}  # not done again
         facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
     return facts
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries and lists."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+def plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists, with its interpolations resolved or as they are written."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

@@ -2,35 +2,149 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from benchmarks.table import changes, collect, merge
+from benchmarks.readme_tables import SETTING, cells
+from benchmarks.table import changes, collect, merge, read_rows, replaces, spelled
+from callbacks.report import result_row
+from tests.configuration import ROOT, composed
 
-ROW = {"network": "n", "seed": 0, "config_hash": "a", "top1": 90.0}
+ROW = {"network": "n", "seed": 0, "config_hash": "a", "top1": 90.0, "experiment": "none", "overrides": ""}
+EXPERIMENT = {
+    "model": "cifar10_resnet20",
+    "data": "cifar10",
+    "calibration": "synthetic_256",
+    "generator": "dsg_fast",
+    "protocol": "brecq",
+    "bits": "w4a4",
+    "weight": "adaround",
+    "activation": "lsq",
+    "reconstruction": "fast",
+    "trainer": "cpu",
+    "experiment": "cifar10_resnet20_dsg_w4a4",
+}
 
 
-def test_changes_are_settings_inside_options_but_not_places() -> None:
-    found = changes(
+def facts(*overrides: str, origin: str = "synthetic", **choices: str) -> dict[str, Any]:
+    """A record of the CIFAR experiment with these overrides, as a run of it leaves it."""
+    chosen = EXPERIMENT | choices
+    options = [f"{group}={option}" for group, option in choices.items()]
+    cfg = composed([f"experiment={chosen['experiment']}", *options, *overrides])
+    metrics = {f"test/{name}/top1": 91.73 for name in ("float", "nearest", "quantized")}
+    return {
+        "status": "finished",
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config_hash": "of other defaults",
+        "choices": chosen,
+        "overrides": [f"experiment={chosen['experiment']}", *options, *overrides],
+        "images": {"origin": origin, "count": cfg.calibration.count, "from_store": False},
+        "teacher": {"name": "cifar10_resnet20"},
+        "metrics": metrics | {"test/quantized/agreement": 96.0},
+        "stages": {"images": {"seconds": 1.0, "peak_mib": 2.0}},
+        "machine": "m",
+        "commit": "c",
+        "started": "2026-01-01T00:00:00",
+        "test_images": 10000,
+    }
+
+
+def collected(folder: Path, *records: dict[str, Any]) -> list[dict[str, Any]]:
+    for index, record in enumerate(records):
+        (folder / str(index)).mkdir(parents=True, exist_ok=True)
+        record = record | {"row": result_row(record)}
+        (folder / str(index) / "record.json").write_text(json.dumps(record))
+    return collect(folder)
+
+
+def test_what_the_command_line_asks_for_beyond_options_and_places() -> None:
+    found = spelled(
         ["bits=w4a4", "generator.sda=false", "paths.store=x", "seed=1", "generator.lse=true", "show.units=false"]
     )
     assert found == "generator.lse=true generator.sda=false"
+    assert spelled(["calibration=real_1024", "calibration=none_aciq"]) == "calibration=none_aciq"
+    assert spelled(["model.checkpoint=/home/me/a.pth", "generator.view.scale=[0.1, 1]"]) == (
+        "generator.view.scale=[0.1,1] model.checkpoint=a.pth"
+    )
+
+
+def test_changes_are_those_of_the_experiment_too() -> None:
+    assert changes(facts()) == "generator.slack.percentile=0.25 generator.steps=250 reconstruction.iterations=600"
+    assert changes(facts("generator.lse=false", "bits.weight=3", "seed=1", "calibration.count=9")) == (
+        "generator.lse=False generator.slack.percentile=0.25 generator.steps=250 reconstruction.iterations=600"
+    )
+    real = facts("paths.data=elsewhere", calibration="real_1024", origin="real")
+    assert changes(real) == "reconstruction.iterations=600"
+
+
+def test_what_an_option_takes_from_elsewhere_is_no_change_and_an_unusual_choice_of_images_is_one() -> None:
+    # uniform_noise holds ${model.mean}, noise images ${seed}
+    assert "source" not in changes(facts("generator.steps=0", "seed=3", generator="uniform_noise"))
+    assert "seed" not in changes(facts("seed=3", calibration="noise", origin="noise"))
+    assert "calibration.seed=7" in changes(facts("calibration.seed=7", calibration="noise", origin="noise"))
 
 
 def test_finished_runs_are_collected_and_others_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, facts in {
-        "0": {"status": "finished", "row": ROW, "overrides": ["generator.steps=5"]},
-        "1": {"status": "failed", "error": "ValueError: no"},
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "record.json").write_text(json.dumps(facts))
-    assert collect(tmp_path) == [ROW | {"changes": "generator.steps=5"}]
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "record.json").write_text(json.dumps({"status": "failed", "error": "ValueError: no"}))
+    (row,) = collected(tmp_path, facts("generator.lse=false"))
+    assert (row["experiment"], row["generator_steps"], row["iterations"]) == ("cifar10_resnet20_dsg_w4a4", 250, 600)
+    assert row["overrides"] == "generator.lse=false"
+    assert "generator.lse=False generator.slack.percentile=0.25" in row["changes"]
     assert "left out: 1: ValueError: no" in capsys.readouterr().err
 
 
 def test_measuring_again_replaces_a_row_and_new_columns_stay_empty_in_old_ones() -> None:
     old = [{key: str(value) for key, value in ROW.items()}, {**ROW, "seed": "1"}]
-    merged = merge(old, [ROW | {"top1": 91.0, "changes": "x"}])
+    merged = merge(old, [ROW | {"top1": 91.0, "config_hash": "b", "changes": "x"}])
     assert [(row["seed"], row["top1"], row["changes"]) for row in merged] == [("1", 90.0, ""), (0, 91.0, "x")]
+
+
+@pytest.mark.parametrize(
+    "other", [{"experiment": "e"}, {"overrides": "generator.sda=false"}, {"weight": "flexround"}, {"seed": 1}]
+)
+def test_a_row_of_another_command_stays(other: dict[str, Any]) -> None:
+    assert len(merge([ROW], [ROW | other])) == 2
+    assert len(merge([ROW | other], [ROW])) == 2
+
+
+def test_the_rows_of_the_cifar_file_are_replaced_by_a_rerun_of_their_command(tmp_path: Path) -> None:
+    old = read_rows(ROOT / "benchmarks" / "results" / "cifar10.csv")
+    records = []
+    for option, origin in (("synthetic_256", "synthetic"), ("real_1024", "real"), ("noise_256", "noise")):
+        record = facts("paths.data=elsewhere", calibration=option, origin=origin)
+        for (weight, activation), seed in itertools.product(((4, 4), (3, 3), (2, 4)), range(3)):
+            bits = record["config"]["bits"] | {"weight": weight, "activation": activation}
+            records.append(record | {"config": record["config"] | {"bits": bits, "seed": seed}})
+    rows = collected(tmp_path, *records)
+    again = merge(old, rows)
+    assert len(old) == len(again) == 27
+    assert all(row["config_hash"] == "of other defaults" for row in again)
+    assert len(merge(again, rows)) == 27
+
+
+def test_rows_from_before_are_told_apart_by_what_their_command_line_set() -> None:
+    old = {"network": "n", "seed": "0", "changes": "generator.sda=false"}
+    assert replaces(ROW | {"overrides": "generator.sda=false", "changes": "generator.sda=False x.y=1"}, old)
+    assert not replaces(ROW, old)
+    assert not replaces(ROW | {"overrides": "generator.sda=false"}, {"network": "n", "seed": "0"})
+
+
+def test_a_table_tells_lengths_and_what_was_changed() -> None:
+    row = dict.fromkeys(SETTING, "") | {"network": "n", "protocol": "p", "w_bits": "4", "a_bits": "8"}
+    row |= {"images": "dsg_fast", "image_count": "256", "pipeline": "fast", "iterations": "600"}
+    assert cells(row) == ["n", "p", "W4A8", "256 dsg_fast", "", "fast, 600 its"]  # from before there were steps
+    row |= {"generator_steps": "250", "weight": "adaround", "activation": "lsq"}
+    row |= {"changes": "generator.slack.percentile=0.25 generator.steps=250 reconstruction.iterations=600"}
+    assert cells(row)[3:] == [
+        "256 dsg_fast, 250 steps, `generator.slack.percentile=0.25`",
+        "adaround, lsq",
+        "fast, 600 its",
+    ]
+    noise = row | {"images": "none", "generator_steps": "0", "pipeline": "none", "changes": ""}
+    assert cells(noise)[3:] == ["256 none", "adaround, lsq", "none"]

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import time
+from types import SimpleNamespace
 
-from benchmarks.throughput import measure
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.throughput import StepTimer, fit_timed, measure
 
 
 def test_both_stages_are_measured_on_a_small_network() -> None:
@@ -14,3 +22,37 @@ def test_both_stages_are_measured_on_a_small_network() -> None:
     for row in rows:
         assert row["ratio"] > 0
         assert row["seconds_per_step"] > 0 < row["bare_seconds_per_step"]
+
+
+class Sleeper(pl.LightningModule):
+    """Steps whose length depends on the epoch, as blocks of a network do."""
+
+    def __init__(self, seconds: tuple[float, ...]) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(list(range(4)))  # type: ignore[arg-type]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(self.seconds[self.current_epoch])
+        return self.weight.square()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_only_steps_of_the_asked_epoch_are_timed() -> None:
+    module = Sleeper((0.001, 0.001, 0.05))
+    assert fit_timed(module, epoch=2, max_epochs=3) >= 0.05  # a step cannot be shorter than its sleep
+
+
+def test_the_first_interval_of_an_epoch_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, clock = StepTimer(epoch=1), iter([0.0, 9.0, 10.0, 11.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    for epoch in (0, 1, 1, 1, 1):
+        timer.on_train_batch_end(SimpleNamespace(current_epoch=epoch))  # type: ignore[arg-type]
+    assert timer.marks == [0.0, 9.0, 10.0, 11.0]
+    assert timer.seconds_per_step == 1.0

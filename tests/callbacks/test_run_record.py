@@ -6,9 +6,11 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from callbacks.run_record import RunRecord, digest
+from callbacks.run_record import RunRecord, digest, forget_peak, machine
 
 
 def test_seconds_and_memory_of_each_stage(tmp_path: Path) -> None:
@@ -31,3 +33,34 @@ def test_written_when_a_stage_fails(tmp_path: Path) -> None:
 def test_digest_ignores_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:
+    if not forget_peak():
+        pytest.skip("this system does not let a process forget its peak memory")
+    record = RunRecord(tmp_path, {})
+    for name, mib in (("small", 1), ("large", 300), ("small_again", 1)):
+        with record.stage(name):
+            del_me = np.ones(mib * 2**17)
+            del del_me
+    peaks = {name: facts["peak_mib"] for name, facts in record.facts["stages"].items()}
+    assert peaks["large"] - peaks["small"] == pytest.approx(299, abs=30)
+    assert peaks["small_again"] < peaks["large"] - 250
+
+
+def test_the_hash_is_that_of_the_recipe_without_places(tmp_path: Path) -> None:
+    def named(config: dict, **recipe: dict) -> str:
+        return RunRecord(tmp_path, config, **recipe).facts["config_hash"]
+
+    written = {"seed": 0, "model": {"checkpoint": "${paths.data}/w.pth"}, "paths": {"data": "a"}}
+    here, there = ({"seed": 0, "model": {"checkpoint": f"{place}/w.pth"}} for place in ("a", "b"))
+    assert named(here, named_by=written) == named(there, named_by=written)
+    assert named(here, named_by=written) != named(here, named_by=written | {"seed": 1})
+
+
+def test_the_gpu_is_named_only_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert machine(torch.device("cuda")) == "a GPU"
+    assert machine() == machine(torch.device("cpu"))
+    assert machine().endswith(f", {torch.get_num_threads()} threads")

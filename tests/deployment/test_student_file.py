@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deployment.student_file import load_student, save_student
+from quantizers.calibrate import calibrate_ranges
+from quantizers.layer import sites
+from tests.quantizers.test_calibrate import Either, conversion
 
 
 def network(width: int = 4, seed: int = 0) -> nn.Module:
@@ -59,3 +62,32 @@ def test_another_network_or_teacher(tmp_path: Path) -> None:
         load_student(network(8), path)
     with pytest.raises(ValueError, match="teacher is 'abc'"):
         load_student(network(4), path, {"teacher": "xyz"})
+
+
+def branching(seed: int) -> nn.Module:
+    """A student with a branch that images with a positive sum never take."""
+    torch.manual_seed(seed)
+    return conversion(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Either(), nn.Flatten(), nn.Linear(144, 2))
+    ).student.eval()
+
+
+def test_a_tensor_that_no_image_reached_stays_in_float_when_reloaded(tmp_path: Path) -> None:
+    student, other = branching(0), branching(1)
+    calibrate_ranges(student, torch.randn(4, 3, 6, 6), batch_size=2)
+    path = save_student(student, tmp_path / "student.safetensors", {"teacher": "abc"})
+    load_student(other, path, {"teacher": "abc"})
+    switched = {name: site.enabled for name, site in sites(student)}
+    assert sorted(set(switched.values())) == [False, True]
+    assert {name: site.enabled for name, site in sites(other)} == switched
+    x = torch.randn(4, 4, 6, 6) - 5  # into the branch that was never taken
+    with torch.no_grad():
+        assert torch.equal(other.get_submodule("2")(x), student.get_submodule("2")(x))
+
+
+def test_what_was_off_before_is_as_in_the_file_afterwards(tmp_path: Path) -> None:
+    student, other = branching(0), branching(1)
+    path = save_student(student, tmp_path / "student.safetensors", {})
+    next(sites(other))[1].enabled = False
+    load_student(other, path)
+    assert all(site.enabled for _, site in sites(other))

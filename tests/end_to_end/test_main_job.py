@@ -77,7 +77,9 @@ def test_real_images_are_listed(tmp_path: Path) -> None:
     run_job(composed([*SMALL, "calibration=real"], tmp_path))
     facts = json.loads((tmp_path / "record.json").read_text())
     assert facts["data_free"] is False
-    assert [entry["stage"] for entry in facts["real_data"]] == ["calibration", "evaluation"]
+    assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation", "calibration"]
+    assert next(iter(facts["stages"])) == "teacher"
+    assert list(facts["stages"])[1] == "float"  # measured before anything is made of it
     assert len(facts["images"]["files"]) == 8
 
 
@@ -116,6 +118,44 @@ def test_nothing_can_be_reconstructed_without_images(tmp_path: Path) -> None:
     ):
         run_job(composed([*NO_IMAGES, "calibration=none"], tmp_path))
     assert not (tmp_path / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("calibration", ["noise", "real"])
+def test_float_answers_from_the_store_give_the_same_bits(tmp_path: Path, calibration: str) -> None:
+    results = []
+    for name in ("measured", "known"):
+        cfg = composed([*SMALL, f"calibration={calibration}"], tmp_path / name)
+        cfg.paths.store = str(tmp_path / "store")
+        results.append((run_job(cfg), json.loads((tmp_path / name / "record.json").read_text())))
+    assert results[0][0] == results[1][0]
+    assert [facts["float_from_store"] for _, facts in results] == [False, True]
+    assert results[0][1]["real_data"] == results[1][1]["real_data"]
+    assert same(student(tmp_path / "measured"), student(tmp_path / "known"))
+
+
+class Made(Exception):  # noqa: N818  not an error
+    pass
+
+
+def test_a_float_accuracy_that_is_not_the_stated_one_is_flagged_before_images_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise Made
+
+    monkeypatch.setattr("run.calibration_images", stop)
+    whole = [option for option in SMALL if not option.startswith("data.limit")]
+    found = []
+    for name in ("noise", "real", "noise"):  # nothing known; measured now; known
+        folder = tmp_path / str(len(found))
+        cfg = composed([*whole, f"calibration={name}", "model.stated_top1=99.0"], folder)
+        cfg.paths.store = str(tmp_path / "store")
+        with pytest.raises(Made):
+            run_job(cfg)
+        found.append(json.loads((folder / "record.json").read_text()))
+    assert [len(facts["real_data"]) for facts in found] == [0, 1, 0]
+    assert "warning" not in found[0]
+    assert all("the model configuration states 99.00" in facts["warning"] for facts in found[1:])
 
 
 def test_targets_are_measured_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +242,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, ste
     cfg.resume = str(killed)
     run_job(cfg)
     assert same(student(whole), student(killed))
+    assert json.loads((killed / "record.json").read_text())["row"]["images_from_store"] is False
     assert not list((killed / "checkpoints").iterdir())
 
 
@@ -296,7 +337,9 @@ def test_shared_synthesis_makes_the_same_images_and_goes_on_when_killed(tmp_path
     assert records[0]["config_hash"] == records[1]["config_hash"]
 
 
-def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_student_is_scored_without_calibrating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = composed(SMALL, tmp_path)
     first = run_job(cfg)
     monkeypatch.setattr(Job, "fit", None)
@@ -305,6 +348,10 @@ def test_saved_student_is_scored_without_calibrating(tmp_path: Path, monkeypatch
     again = run_job(scored)
     assert again == {key: value for key, value in first.items() if "nearest" not in key}
     assert (tmp_path / "record.json").read_bytes() == before  # the finished run stays as it was
+    images = [json.loads((folder / "record.json").read_text())["images"] for folder in (tmp_path, tmp_path / "scored")]
+    assert images[0] == images[1]
+    captions = " ".join(capsys.readouterr().out.split())
+    assert captions.count("8 synthetic calibration images") == 2
 
 
 def test_a_run_that_only_went_on_with_another_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -336,6 +383,17 @@ def test_settings_that_change_no_number_do_not_change_the_hash(tmp_path: Path) -
         run_job(composed([*SMALL, "calibration=noise", "reconstruction=none", extra], tmp_path / name))
         hashes.append(json.loads((tmp_path / name / "record.json").read_text())["config_hash"])
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_where_the_files_lie_does_not_change_the_hash(tmp_path: Path) -> None:
+    hashes = []
+    for place in ("a", "b"):  # a configuration with places in its options: the checkpoint, the folder of the images
+        cfg = composed(["model=cifar10_resnet20", "data=cifar10", "calibration=real"], tmp_path / place)
+        cfg.paths.data = str(tmp_path / place / "data")
+        with pytest.raises(Exception, match=r"cifar10_resnet20\.pth"):
+            run_job(cfg)
+        hashes.append(json.loads((tmp_path / place / "record.json").read_text())["config_hash"])
+    assert hashes[0] == hashes[1]
 
 
 def test_missing_data_is_said_before_any_work(tmp_path: Path) -> None:
@@ -382,6 +440,26 @@ def test_a_failing_job_says_why(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "record.json").read_text())
     assert facts["status"] == "failed"
     assert "bits.weight" in facts["error"]
+
+
+def test_a_job_that_cannot_even_open_says_so_in_its_record(tmp_path: Path) -> None:
+    small = [option for option in SMALL if not option.startswith("calibration")]
+    with pytest.raises(Exception, match=r"calibration\.count"):
+        run_job(composed([*small, "calibration.count=0"], tmp_path))
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert facts["status"] == "failed"
+    assert "calibration.count" in facts["error"]
+
+
+def test_the_row_says_whether_another_run_made_the_images(tmp_path: Path) -> None:
+    rows = []
+    for name, extra in (("a", []), ("b", ["bits=w3a3"]), ("c", ["calibration=noise"]), ("d", ["generator=noise"])):
+        cfg = composed([*SMALL, *extra, "reconstruction=none"], tmp_path / name)
+        cfg.paths.store = str(tmp_path / "store")
+        run_job(cfg)
+        rows.append(json.loads((tmp_path / name / "record.json").read_text())["row"])
+    assert [row["images_from_store"] for row in rows] == [False, True, False, False]
+    assert [row["generator_steps"] for row in rows] == [2, 2, None, 0]
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:

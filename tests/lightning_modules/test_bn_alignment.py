@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.bn_alignment import BNAlignmentModule
 from networks.cifar_resnet import CifarResNet
 from synthesis.criteria import LayerwiseEnhancement, SquaredL2
-from synthesis.moments import Probe
+from synthesis.moments import Moments, Probe
 from synthesis.seeding import seeded
 from synthesis.statistics import LayerStatistics
 from synthesis.targets import BNTargets, Slack
@@ -141,11 +142,29 @@ def test_no_weight_gradients_no_hooks_and_no_change_of_the_network(network: Cifa
 
 def test_first_non_finite_layer_is_named(network: CifarResNet, images: Tensor) -> None:
     module = BNAlignmentModule(network, SIZE)
-    assert module.first_non_finite(images) is None
-    assert module.first_non_finite(images / 0) == "the images"
+
+    def place() -> str | None:
+        return module.place_of(int(module.first_non_finite(module.moments(images))))
+
+    assert place() is None
     with torch.no_grad():
         network.layer2[0].conv2.weight.fill_(3e38)  # type: ignore[union-attr, operator]
-    assert module.first_non_finite(images) == "layer 'layer2.0.bn2'"
+    assert place() == "layer 'layer2.0.bn2'"
+    images /= 0
+    assert place() == "the images"
+
+
+@pytest.mark.parametrize("probe", [Probe("sample"), Probe("batch")])
+def test_every_place_has_its_name(network: CifarResNet, images: Tensor, probe: Probe) -> None:
+    module = BNAlignmentModule(network, SIZE, probe=probe)
+    clean = module.moments(images)
+    names = [name for name, size in zip([*module.layers, "input"], module.sizes, strict=True) for _ in range(size)]
+    for value in (math.nan, math.inf, -math.inf):
+        for channel, name in enumerate(names):
+            moments = Moments(clean.mean.clone(), clean.var.clone())
+            moments[channel % 2][-1, channel] = value
+            expected = "the images" if name == "input" else f"layer {name!r}"
+            assert module.place_of(int(module.first_non_finite(moments))) == expected
 
 
 @pytest.mark.parametrize("labelled", [False, True])

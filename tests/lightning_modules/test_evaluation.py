@@ -109,3 +109,18 @@ def test_bad_names_are_refused():
     for name in ("a.b", "a/b", "float 2"):
         with pytest.raises(ValueError, match="networks: expected"):
             EvaluationModule({name: Counting(3, 0)}, name)
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_known_answers_of_the_reference_give_the_same_bits(classes: int, score: Callable[..., dict[str, float]]):
+    networks = {name: Counting(classes, seed) for seed, name in enumerate(("teacher", "student"))}
+    loader = DataLoader(TensorDataset(*data(classes)), batch_size=10)
+    module = EvaluationModule(networks, "teacher")
+    measured = score(module, loader)
+    calls = networks["teacher"].calls
+    again = EvaluationModule(networks, "teacher", known=module.answered)
+    assert score(again, loader) == score(again, loader) == measured
+    assert networks["teacher"].calls == calls
+    assert torch.equal(again.answered, module.answered)
+    with torch.no_grad():
+        torch.testing.assert_close(module.answered, networks["teacher"](data(classes)[0]))
