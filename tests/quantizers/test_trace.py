@@ -62,7 +62,7 @@ class InPlace(nn.Module):
 def test_nothing_in_place_remains_and_the_result_is_the_same() -> None:
     torch.manual_seed(0)
     network = InPlace()
-    graph_module, opaque = trace(network, torch.zeros(1, 3, 4, 4))
+    graph_module, opaque, _ = trace(network, torch.zeros(1, 3, 4, 4))
     assert opaque == {}
     assert_same(network, graph_module, 3, 4, 4)
     values: dict[str, Tensor] = {}
