@@ -108,8 +108,10 @@ PUBLISHED: dict[str, Published | None] = {
     "gdfq_imagenet": GDFQ._replace(batch=16),
     "qimera": QIMERA,
     "qimera_imagenet": QIMERA._replace(batch=16, mixed=(0.4, 100)),  # of MobileNetV2
-    "gzsq": ZEROQ._replace(clamped=True),  # nothing is stated; ZeroQ's
-    "propagated": Published(500, 64, (plateau(0.1, 100),)),
+    # nothing is stated but the loss: ZeroQ's steps and schedule, our start and rate
+    "gzsq": ZEROQ._replace(curves=(plateau(0.01, 100),), start="coloured", clamped=True),
+    "propagated": Published(500, 64, (plateau(0.01, 100),), start="coloured", clamped=True),
     "noise": None,
     "uniform_noise": None,
+    "coloured_noise": None,
 }

@@ -65,8 +65,7 @@ def test_noise_is_never_optimised(option: str, built: Built) -> None:
 def test_steps_batch_and_optimizer(option: str, built: Built) -> None:
     row, module = numbers(option), built(option)
     norms = 7  # of the tiny network
-    enhanced = composed([f"generator={option}"]).generator.get("lse", True)
-    batch = row.batch if row.batch is not None else norms if enhanced else 40  # dsg_journal without LSE: 40
+    batch = norms if row.batch is None else row.batch
     assert (module.steps, module.source.batch_size) == (row.steps, batch)
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
