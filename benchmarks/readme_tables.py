@@ -1,6 +1,6 @@
-"""Write the result tables of README.md and docs/results.md from the csv files in `benchmarks/results`.
+"""Write the tables of README.md, docs/results.md and the methods' cards from the csv files in `benchmarks/results`.
 
-python benchmarks/readme_tables.py            writes both
+python benchmarks/readme_tables.py            writes all
 python benchmarks/readme_tables.py --check    fails if one is not what the files say
 """
 
@@ -28,6 +28,19 @@ TABLES = {  # by document and results file
         "calibrant_ablation": "What composes: `generator=calibrant` with one part changed, and pixels (CIFAR-10, W3A3)",
     },
 }
+CARDS = {  # by card: what the column `images` says in rows about it
+    "zeroq": ("zeroq",),
+    "dsg": ("dsg",),
+    "deepinversion": ("deepinversion_cifar",),
+    "intraq": ("intraq_cifar10",),
+    "genie": ("genie",),
+    "gdfq": ("gdfq",),
+    "gzsq": ("gzsq",),
+    "propagated": ("propagated",),
+    "calibrant": ("calibrant", "calibrant_fast"),
+    "controls": ("noise", "coloured_noise", "real"),
+}
+CARD_FILES = ("synthesis_cifar10", "bn_free")
 # What tells settings apart. Files from before a column was there lack it: then it stays empty.
 SETTING = (
     "network", "protocol", "w_bits", "a_bits", "images", "image_count", "generator_steps", "weight", "activation",
@@ -67,10 +80,33 @@ def cells(row: dict[str, str]) -> list[str]:
     return [row["network"], row["protocol"], f"W{row['w_bits']}A{row['a_bits']}", images, quantizers, pipeline]
 
 
+def rows_of(name: str) -> list[dict[str, str]]:
+    """Rows of one results file; none where it has not been made."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def card(images: tuple[str, ...]) -> list[str]:
+    """Lines of a card: a row for each network, width and way of quantizing, over its seeds."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in (row for name in CARD_FILES for row in rows_of(name) if row["images"] in images):
+        others = [s for s in row["changes"].split() if s.split("=")[0] not in SHOWN]
+        told = row["images"] + (f", `{' '.join(others)}`" if others else "")
+        way = "ranges alone" if row["pipeline"] == "none" else f"blocks, {row['iterations']} its"
+        key = row["network"], -int(row["w_bits"]), -int(row["a_bits"]), way, told
+        groups.setdefault(key, []).append(float(row["top1"]))
+    lines = ["| network | bits | quantized by | images | seeds | top-1 |", "|---|---|---|---|---|---|"]
+    for (network, w, a, way, told), values in sorted(groups.items()):
+        lines.append(f"| {network} | W{-w}A{-a} | {way} | {told} | {len(values)} | {spread(values)} |")
+    return [*lines, ""] if groups else []
+
+
 def table(name: str, title: str) -> list[str]:
     """Lines of one results file: a row a setting, over its seeds."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(name)
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) or "" for key in SETTING), []).append(row)
@@ -94,11 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    for document, titles in TABLES.items():
+    tables = {
+        document: [line for name, title in titles.items() if rows_of(name) for line in table(name, title)]
+        for document, titles in TABLES.items()
+    } | {f"docs/methods/{name}.md": card(images) for name, images in CARDS.items()}
+    for document, lines in tables.items():
         path = ROOT / document
-        lines = [
-            line for name, title in titles.items() if (RESULTS / f"{name}.csv").exists() for line in table(name, title)
-        ]
         text = path.read_text()
         before, rest = text.split(BEGIN, 1)
         _, after = rest.split(END, 1)
