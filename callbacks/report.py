@@ -124,6 +124,12 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
     return message
 
 
+def chosen_pipeline(choices: Mapping[str, str]) -> str | None:
+    """The pipeline where one was chosen, and the reconstruction otherwise."""
+    pipeline = named(choices.get("pipeline"))
+    return choices.get("reconstruction") if pipeline == "none" else pipeline
+
+
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
@@ -137,7 +143,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "a_bits": config["bits"]["activation"],
         "images": choices.get("generator") if synthetic else facts["images"]["origin"],
         "image_count": facts["images"]["count"],
-        "pipeline": choices.get("reconstruction"),
+        "pipeline": chosen_pipeline(choices),
         "allocation": "uniform",
         "seed": config["seed"],
         "top1": round(metrics["test/quantized/top1"], 2),

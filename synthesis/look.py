@@ -70,10 +70,11 @@ class WatchedNetwork(nn.Module):
             layer: _WatchedLayer(layer, probe, site if layer in measured else None, is_head=layer is head)
             for layer in {*measured, *([] if head is None else [head])}
         }
-        for parent in list(twin.modules()):
-            for name, child in list(parent._modules.items()):  # a layer may stand in several places
-                if child in swaps:
-                    parent._modules[name] = swaps[child]
+        # a layer may stand in several places, and one inside another: find all before anything is exchanged
+        places = [(*path.rpartition("."), part) for path, part in twin.named_modules(remove_duplicate=False) if path]
+        found = [(twin.get_submodule(parent), name, swaps[part]) for parent, _, name, part in places if part in swaps]
+        for parent, name, watched in found:
+            setattr(parent, name, watched)
         self.network = swaps.get(twin, twin)
         self.probe = probe
         # plain tuples: the modules themselves belong to the network

@@ -107,7 +107,7 @@ class SampleStore:
             images = self.get(recipe)
             if images is None:
                 images = make().detach().cpu()
-                self._keep(recipe, images)
+                self.keep(recipe, images)
         return images
 
     def get_or_gather(self, recipe: Mapping[str, Any], parts: int, make: Callable[[int], Tensor]) -> Tensor:
@@ -138,7 +138,7 @@ class SampleStore:
                 complete = [part for part in found if part is not None]
                 if len(complete) == parts:
                     images = torch.cat(complete)
-                    if not self._keep(recipe, images):
+                    if not self.keep(recipe, images):
                         return images
                 else:
                     self._remove(each for each, part in zip(recipes, found, strict=True) if part is None)  # damaged
@@ -165,14 +165,14 @@ class SampleStore:
                 if self.path(recipe).exists() or self.get(whole) is not None:
                     return {}
                 images = make(part).detach().cpu()
-                self._keep(recipe, images)
+                self.keep(recipe, images)
                 return {part: images}
             finally:
                 lease.release()
         return {}
 
-    def _keep(self, recipe: Mapping[str, Any], images: Tensor) -> bool:
-        """Store images if that can be done: what is made shall not be lost to a full disk."""
+    def keep(self, recipe: Mapping[str, Any], images: Tensor) -> bool:
+        """Store images if that can be done, and say whether: what is made shall not be lost to a full disk."""
         try:
             self.put(recipe, images)
         except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tests.configuration import CONF, composed, options
 
 # These groups say how the job runs, not what it builds; they are built by the end-to-end tests.
-NOT_BUILT = {"debug", "experiment", "hydra", "paths", "sweep", "trainer", "data", "model", "local"}
+NOT_BUILT = {"debug", "experiment", "hydra", "paths", "pipeline", "sweep", "trainer", "data", "model", "local"}
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "__pycache__")
 ALL = [(group, option) for group in GROUPS for option in options(group)]
 

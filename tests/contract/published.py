@@ -28,15 +28,15 @@ def staircase(lr: float) -> Curve:
     return lambda done: lr * 0.1 ** sum(done >= 200 * epoch for epoch in (100, 200, 300))
 
 
-def cosine(lr: float, *lengths: int) -> Curve:
+def cosine(lr: float, *lengths: int, warmup: int = 100) -> Curve:
     """DeepInversion: 100 steps of warm-up, then half a cosine, at each resolution."""
 
     def curve(done: int) -> float:
         for length in lengths:
             if done < length:
-                if done < 100:
-                    return lr * (done + 1) / 100
-                return lr * (1 + math.cos(math.pi * (done - 100) / (length - 100))) / 2
+                if done < warmup:
+                    return lr * (done + 1) / warmup
+                return lr * (1 + math.cos(math.pi * (done - warmup) / (length - warmup))) / 2
             done -= length
         return 0.0
 
@@ -104,6 +104,7 @@ PUBLISHED: dict[str, Published | None] = {
     "synq_cifar": HAST_CIFAR._replace(low_pass=70.0),
     "genie": GENIE,
     "calibrant": GENIE._replace(steps=1000, crops=True, low_pass=70.0),
+    "calibrant_fast": Published(500, 64, (cosine(0.1, 500, warmup=25),), start="coloured", crops=True, clamped=True),
     "gdfq": GDFQ,
     "gdfq_imagenet": GDFQ._replace(batch=16),
     "qimera": QIMERA,

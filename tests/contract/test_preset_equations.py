@@ -54,6 +54,7 @@ EQUATIONS: dict[str, Callable[[FirstStep], Terms] | None] = {
     "synq_cifar": lambda s: hast(s, 10.0, 2.0),
     "genie": genie,
     "calibrant": genie,
+    "calibrant_fast": genie,
     "gdfq": gdfq,
     "gdfq_imagenet": gdfq,
     "qimera": gdfq,
@@ -62,6 +63,7 @@ EQUATIONS: dict[str, Callable[[FirstStep], Terms] | None] = {
     "propagated": propagated,
     "noise": None,
     "uniform_noise": None,
+    "coloured_noise": None,
 }
 
 GENERATORS = options("generator")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.report import result_row
 from run import run_job
 from tests.configuration import CONF, SMALL, composed, options
 
@@ -29,6 +30,25 @@ def test_every_reconstruction_runs(reconstruction: str, tmp_path: Path) -> None:
     assert 0 <= run_job(cfg)["test/quantized/top1"] <= 100
     assert (tmp_path / "units.csv").exists() == (cfg.reconstruction.phases != "none")
     assert json.loads((tmp_path / "record.json").read_text())["row"]["pipeline"] is None  # a name only below Hydra
+
+
+@pytest.mark.parametrize("pipeline", options("pipeline"))
+def test_every_pipeline_runs_and_says_what_it_chose(pipeline: str, tmp_path: Path) -> None:
+    short = ["corrections.bias_tuning.steps=2"] if pipeline == "advanced" else []
+    cfg = composed([*NOISE, f"pipeline={pipeline}", *short], tmp_path)
+    assert 0 <= run_job(cfg)["test/quantized/top1"] <= 100
+    facts = json.loads((tmp_path / "record.json").read_text())
+    assert [entry["correction"] for entry in facts["corrections"]] == list(cfg.corrections)
+    row = result_row(facts | {"choices": {"pipeline": pipeline, "reconstruction": "x"}})
+    assert row["pipeline"] == pipeline
+    assert result_row(facts | {"choices": {"pipeline": "None", "reconstruction": "x"}})["pipeline"] == "x"
+
+
+def test_the_command_line_changes_a_pipeline() -> None:
+    cfg = composed(["pipeline=light", "weight=squant", "corrections=none"])
+    assert "squant" in cfg.weight._target_
+    assert not cfg.corrections
+    assert cfg.reconstruction.phases == "none"
 
 
 @pytest.mark.parametrize("protocol", options("protocol"))

@@ -81,16 +81,20 @@ def test_a_damaged_share_is_learned_again_from_its_start(tmp_path: Path, monkeyp
     learn(whole, x, **PARALLEL)
     put, damaged = SampleStore.put, []
 
-    def put_and_damage(store: SampleStore, recipe: Any, value: torch.Tensor) -> None:
+    def put_damage_and_die(store: SampleStore, recipe: Any, value: torch.Tensor) -> None:
         put(store, recipe, value)
-        if recipe.get("part") == 1 and not damaged:
+        if recipe.get("part") == 1:
             damaged.append(store.path(recipe))
             damaged[0].write_bytes(b"cut short")
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(SampleStore, "put", put_and_damage)
-    rows = shared(parts, tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleStore, "put", put_damage_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            shared(student_of(resnet8(), x), tmp_path, 2)
     assert damaged
-    assert len(rows) > 5
+    rows = shared(parts, tmp_path, 2)
+    assert 0 < len(rows) < 5  # the units of the damaged share alone
     assert same(whole.student, parts.student)
 
 
