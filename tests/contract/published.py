@@ -110,8 +110,8 @@ PUBLISHED: dict[str, Published | None] = {
     "qimera": QIMERA,
     "qimera_imagenet": QIMERA._replace(batch=16, mixed=(0.4, 100)),  # of MobileNetV2
     # nothing is stated but the loss: ZeroQ's steps and schedule, our start and rate
-    "gzsq": ZEROQ._replace(curves=(plateau(0.01, 100),), start="coloured", clamped=True),
-    "propagated": Published(500, 64, (plateau(0.01, 100),), start="coloured", clamped=True),
+    "gzsq": ZEROQ._replace(curves=(plateau(0.002, 100),), start="coloured", clamped=True),
+    "propagated": Published(500, 64, (plateau(0.002, 100),), start="coloured", clamped=True),
     "noise": None,
     "uniform_noise": None,
     "coloured_noise": None,
