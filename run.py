@@ -1,4 +1,4 @@
-"""Calibrant's main job, in order: teacher, calibration images, student, reconstruction, score.
+"""Calibrant's main job, in order: teacher, student, calibration images, ranges, reconstruction, corrections, score.
 
 python run.py                    the embedded example
 python run.py --help             groups, options, examples
@@ -35,26 +35,27 @@ from synthesis.store import SampleStore
 
 STUDENT = "student.safetensors"
 RECONSTRUCTED = "reconstructed.safetensors"  # the student before corrections, until these are done
-LEARNING = ("reconstruction", "protocol", "weight", "activation", "bits", "seed", "trainer")  # of a student
+LEARNING = ("reconstruction", "protocol", "weight", "activation", "bits", "seed")  # what a student depends on
+COMPUTING = ("accelerator", "precision", "deterministic")  # and of its trainer
 
 
 def run_job(cfg: DictConfig) -> dict[str, float]:
     """Run every stage and return the metrics by name."""
     with open_job(cfg) as job:
-        expect_images(job)
+        expect_possible(job)
         report.show_configuration(job.cfg, job.cfg.show.config)
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
             reference = float_reference(job, teacher, instantiate(job.cfg.data))
-        expect_float_accuracy(job, teacher, reference)
         conversion = make_student(job, teacher)
+        expect_float_accuracy(job, teacher, reference)
         networks: dict[str, nn.Module] = {"float": teacher.network}
         identity = {"teacher": teacher.weights_hash}
         if job.cfg.evaluate:
             load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
             images = calibration_images(job, teacher)
-            set_ranges(job, teacher, conversion, images)
+            set_ranges(job, conversion, images)
             learns = job.cfg.reconstruction.phases != "none"
             changes = learns or job.corrections.changes_students
             networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
@@ -66,21 +67,27 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
                     return {}  # the other processes of a shared reconstruction have done their part
                 correct(job, teacher, conversion, images)
                 save_student(conversion.student, job.folder / STUDENT, identity)
-                (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
             job.forget_checkpoints()
+            (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
         metrics = evaluate(job, networks | {"quantized": conversion.student}, reference)
         conclude(job, teacher, conversion, metrics)
     return metrics
 
 
-def expect_images(job: Job) -> None:
-    """Refuse to reconstruct without images before any work is done."""
+def expect_possible(job: Job) -> None:
+    """Refuse what cannot work, reconstruction or corrections without images above all, before any work is done."""
     if job.source.origin == "none" and job.cfg.reconstruction.phases != "none":
         raise ValueError(
             "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
     job.corrections.expect_images(job.source.origin)
+    shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")
+    if shares < 1 or (shares > 1 and learned and job.cfg.reconstruction.schedule != "parallel"):
+        raise ValueError(
+            f"share_reconstruction: expected 1, or more with reconstruction.schedule=parallel, got {shares} with "
+            f"{job.cfg.reconstruction.get('schedule')!r}"
+        )
 
 
 def make_student(job: Job, teacher: Teacher) -> Conversion:
@@ -125,7 +132,7 @@ def synthesised(job: Job) -> bool:
     return here or not before.get("from_store") or not report.generator_steps(job.cfg.generator)
 
 
-def set_ranges(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
+def set_ranges(job: Job, conversion: Conversion, images: CalibrationImages) -> None:
     """Choose the range of every quantized activation, from images or, where there are none, from moments."""
     with job.stage("ranges"):
         conversion.student.to(job.device)
@@ -146,12 +153,14 @@ def reconstruct(job: Job, conversion: Conversion, images: CalibrationImages, ide
             instantiate(cfg.reconstruction), conversion=conversion, images=images.images, seed=cfg.seed
         )
         if cfg.share_reconstruction > 1:
+            settings = plain(cfg)
+            chosen = {key: settings[key] for key in LEARNING} | {key: settings["trainer"].get(key) for key in COMPUTING}
             rows = learn_in_shares(
                 build,
                 lambda module, datamodule: job.fit(module, job.alone(**module.trainer_arguments()), datamodule),
                 shares=cfg.share_reconstruction,
                 store=SampleStore(cfg.paths.store),
-                recipe=recipe_of(conversion, images.images, {key: plain(cfg)[key] for key in LEARNING}),
+                recipe=recipe_of(conversion, images.images, chosen),
             )
         else:
             module, datamodule = build()

@@ -35,6 +35,7 @@ IDENTITY = (
     "images",
     "image_count",
     "pipeline",
+    "recipe",
     "allocation",
     "seed",
     "weight",
@@ -42,7 +43,7 @@ IDENTITY = (
     "corrections",
     "test_images",
 )
-PLACES = ("paths.", "logger.", "show.", "data.root", "hydra.", "callbacks.")
+PLACES = ("paths.", "logger.", "show.", "data.root", "hydra.", "hydra/", "callbacks.")
 ASIDE = ("data", "paths", "logger", "callbacks", "hydra", "experiment", "sweep", "debug", "local")
 ELSEWHERE = (  # what has a column of its own, says where files are, or changes no number
     "bits.weight",
@@ -82,7 +83,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 def spelled(overrides: list[str]) -> str:
     """What a run's command line asks for beyond the options that have a column of their own, and beyond places."""
-    asked = (o for o in overrides if not o.startswith(PLACES) and ("." in o.split("=")[0] or unusual(o)))
+    asked = (o for o in overrides if not o.startswith(PLACES) and (set("./") & set(o.split("=")[0]) or unusual(o)))
     return " ".join(sorted(brief(o) for o in asked))
 
 
@@ -103,7 +104,10 @@ def changes(facts: dict[str, Any]) -> str:
 
     An option that is no longer there cannot be compared with: then only what the command line says.
     """
-    config, choices = facts["config"], facts["choices"]
+    config = facts["config"]
+    choices = facts["choices"]
+    if config.get("corrections"):  # Hydra names no choice where there is a list of them
+        choices = {"corrections": f"[{','.join(config['corrections'])}]"} | choices
     groups = [g for g in config if choices.get(g) not in (None, "None") and g not in ASIDE]
     if facts["images"]["origin"] != "synthetic" and "generator" in groups:
         groups.remove("generator")

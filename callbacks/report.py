@@ -124,12 +124,6 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
     return message
 
 
-def chosen_pipeline(choices: Mapping[str, str]) -> str | None:
-    """The pipeline where one was chosen, and the reconstruction otherwise."""
-    pipeline = named(choices.get("pipeline"))
-    return choices.get("reconstruction") if pipeline == "none" else pipeline
-
-
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
@@ -143,7 +137,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "a_bits": config["bits"]["activation"],
         "images": choices.get("generator") if synthetic else facts["images"]["origin"],
         "image_count": facts["images"]["count"],
-        "pipeline": chosen_pipeline(choices),
+        "pipeline": choices.get("reconstruction"),
         "allocation": "uniform",
         "seed": config["seed"],
         "top1": round(metrics["test/quantized/top1"], 2),
@@ -163,6 +157,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "experiment": named(choices.get("experiment")),
         "generator_steps": generator_steps(config["generator"]) if synthetic else None,
         "images_from_store": facts["images"]["from_store"],
+        "recipe": named(choices.get("pipeline")),
     }
 
 

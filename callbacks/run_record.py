@@ -22,7 +22,9 @@ import torch
 PACKAGES = ("calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy")
 
 # What says where and how a run is watched, not what it computes.
-UNHASHED = ("share_synthesis", "paths", "logger", "callbacks", "resume", "evaluate", "show", "tags")
+UNHASHED = (
+    "share_synthesis", "share_reconstruction", "paths", "logger", "callbacks", "resume", "evaluate", "show", "tags",
+)  # fmt: skip
 
 
 class RunRecord:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+
 from corrections.base import Calibration, Facts, StudentCorrection
 from corrections.execution import output_moments, walk
 from corrections.layers import own_layers, scale_outputs, shift_outputs
@@ -76,6 +78,8 @@ class BNReestimation(StudentCorrection):
             seen = moments()
             beta, gamma = (t.to(seen.mean) for t in wanted[path])
             gain = ((gamma.square() + self.eps) / (seen.var + self.eps)).sqrt()
+            if seen.count < 2:  # one observation has no deviation: only the mean is set
+                gain = torch.ones_like(gain)
             if self.largest_gain is not None:
                 kept = gain.clamp(1 / self.largest_gain, self.largest_gain)
                 bounded += int((kept != gain).sum())

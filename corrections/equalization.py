@@ -22,7 +22,7 @@ from quantizers.layer import output_first, own_layout
 from quantizers.operators import Operators
 from quantizers.trace import StoredNorm, Trace
 
-SMALLEST = 1e-30  # ranges below it are those of dead channels, which stay as they are
+SMALLEST = 1e-6  # ranges below this share of the layer's largest are those of dead channels, which stay as they are
 
 
 class Equalization(GraphCorrection):
@@ -115,8 +115,8 @@ def _factor(pair: Pair, layers: dict, weights: dict) -> Tensor:
     """s, (C,); 1 for a channel that is dead on either side."""
     r1 = weights[pair.first].flatten(1).abs().amax(1)
     r2 = by_input(layers[pair.second], weights[pair.second]).abs().amax((1, 3)).flatten()
-    alive = (r1 > SMALLEST) & (r2 > SMALLEST)
-    return torch.where(alive, (r2 / r1.clamp(min=SMALLEST)).sqrt(), 1.0)
+    alive = (r1 > SMALLEST * r1.max()) & (r2 > SMALLEST * r2.max())
+    return torch.where(alive, (r2 / torch.where(alive, r1, 1.0)).sqrt(), 1.0)
 
 
 def _move(pair: Pair, factor: Tensor, layers: dict, weights: dict) -> None:

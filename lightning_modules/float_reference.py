@@ -65,7 +65,7 @@ class FloatReference:
 
     def keep(self, answers: Tensor, top1: float) -> None:
         """Remember logits (N, K) and top-1 (per cent); answers that are not finite or very large only in this run."""
-        self.measured = answers.detach().cpu().clone()
+        self.measured = answers.detach().cpu()
         self.store.keep(self.recipe | {"of": "top1"}, torch.tensor([top1], dtype=torch.float64))
         if answers.numel() * answers.element_size() <= LARGEST and answers.isfinite().all():
             self.store.keep(self._named(), self.measured)

@@ -209,9 +209,8 @@ class GeneratorModule(pl.LightningModule):
             self.finished = 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["finished_images"] = self.images[
-            : self.finished
-        ].clone()  # a view would be saved with all its storage
+        finished = self.images[: self.finished]
+        checkpoint["finished_images"] = finished.clone()  # a view would be saved with all its storage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finished = len(checkpoint["finished_images"])
@@ -338,8 +337,9 @@ class GeneratorModule(pl.LightningModule):
             step, where = self.steps - 1, "the images after it"
         else:
             where = self.alignment.place_of(channel) or "a prior, a term on outputs, or the sum of the terms"
+        batch = self.first_batch + self.current_epoch
         raise RuntimeError(
-            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {self.current_epoch}; it began "
+            f"synthesis: expected a finite loss, got {float(self.last_loss)} in batch {batch}; it began "
             f"at step {step} (looked at every {CHECK_EVERY} steps); not finite: {where}. Lower the learning rate, or "
             "look for extreme weights or stored statistics before that place"
         )

@@ -65,7 +65,7 @@ class Job:
         self.fitted: list[str] = []
 
     def open(self) -> None:
-        """Find out where the calibration images come from, and start the loggers that the configuration names."""
+        """Find out where the calibration images come from and what is corrected, and start the configured loggers."""
         self.source = instantiate(self.cfg.calibration)
         self.corrections = Corrections(instantiate(self.cfg.get("corrections", {}), _convert_="all"))
         self.ledger = DataLedger(data_free=self.source.origin != "real")
@@ -119,12 +119,13 @@ class Job:
         self, module: pl.LightningModule, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None = None
     ) -> None:
         """Train, going on from this stage's checkpoint where the run was killed in it."""
-        checkpoint = self.checkpoints / f"{getattr(module, 'stage', type(module).__name__)}.ckpt"
+        stage = getattr(module, "stage", type(module).__name__)
+        checkpoint = self.checkpoints / f"{stage}.ckpt"
         arguments: dict[str, Any] = {"datamodule": datamodule}
         if self.cfg.resume and checkpoint.exists():
             log.info("resuming from %s", checkpoint)
             arguments |= {"ckpt_path": checkpoint, **SAFE_LOADING}
-        self.fitted.append(getattr(module, "stage", type(module).__name__))
+        self.fitted.append(stage)
         trainer.fit(module, **arguments)
 
     def forget_checkpoints(self) -> None:

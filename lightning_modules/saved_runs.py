@@ -59,10 +59,8 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
         return {"overrides": overrides(), "choices": choices()}
     old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
-    if "images" in old:
-        facts["images"] = old["images"]
+    facts |= {key: old[key] for key in ("images", "corrections") if key in old}  # neither is done again
     if cfg.resume:
-        facts |= {key: old[key] for key in ("corrections",) if key in old}  # not done again
         facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
     return facts
 

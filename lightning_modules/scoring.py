@@ -38,10 +38,10 @@ def float_reference(job: Job, teacher: Teacher, data: EvaluationData) -> FloatRe
 def expect_float_accuracy(job: Job, teacher: Teacher, reference: FloatReference) -> None:
     """Warn of a float accuracy that is not the stated one before any work is done.
 
-    It is measured now where real images may be opened; a data-free run asks what earlier runs have measured.
+    Where no earlier run has measured it, it is measured now if real images may be opened; a data-free run opens none.
     """
     top1 = reference.known_top1()
-    if job.is_main and not job.ledger.data_free and not job.cfg.evaluate:
+    if top1 is None and job.is_main and not job.ledger.data_free and not job.cfg.evaluate:
         top1 = evaluate(job, {"float": teacher.network}, reference, stage="float")["test/float/top1"]
     if top1 is not None:
         flag_float_accuracy(job, teacher, top1)

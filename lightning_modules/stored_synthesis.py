@@ -57,6 +57,8 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
 
         if not cfg.share_synthesis:
             return store.get_or_make(recipe, lambda: fit(build(count)))
+        if (found := store.get(recipe)) is not None:
+            return found
         whole = build(count)
         if not (whole.has_work and whole.independent):
             return store.get_or_make(recipe, lambda: fit(whole))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantizers.hessian import ClosedForm
 from quantizers.layer import CONVOLUTIONS, QuantizedLayer, output_first, quantized_layers
@@ -45,7 +45,7 @@ def solve_units(cache: ActivationCache, measurement: Measurement) -> list[dict[s
     solved: set[nn.Module] = set()
     for k, unit in enumerate(cache.units):
         cache.enter(k)
-        found = {layer: name for name, layer in quantized_layers(cache.student_module)}
+        found = _in_order(cache.student_module)
         layers = {layer: name for layer, name in found.items() if layer not in solved and layer.enabled}
         if not layers:
             continue
@@ -61,6 +61,13 @@ def solve_units(cache: ActivationCache, measurement: Measurement) -> list[dict[s
         rows.append({"unit": unit.name, "phase": "closed_form"} | row)
     cache.close()
     return rows
+
+
+def _in_order(unit: fx.GraphModule) -> dict[QuantizedLayer, str]:
+    """The layers of a unit and their names, in order of execution, which registration need not be."""
+    calls = [str(node.target) for node in unit.graph.nodes if node.op == "call_module"]
+    parts = ((call, *found) for call in calls for found in quantized_layers(unit.get_submodule(call)))
+    return {layer: ".".join(filter(None, (call, name))) for call, name, layer in parts}
 
 
 def _solve_layer(cache: ActivationCache, layer: QuantizedLayer, name: str, images: Tensor) -> None:

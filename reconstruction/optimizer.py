@@ -52,13 +52,15 @@ def adam_for_all(
     Args:
         epochs: in the order in which they are trained; the schedule counts optimiser steps.
         learnables: of each unit.
-        rates_stated_for: the number of steps that the quantizers' learning rates are meant for. With fewer steps they
+        rates_stated_for: the steps of the longest phase that the learning rates are meant for. With fewer steps they
             are raised in proportion, at most `LARGEST_RAISE` times, so that parameters can go as far; None: as stated.
             Groups with `over_steps` state theirs for any number.
     """
     slots: list[Slot] = []
+    # by the longest phase: a shorter second one is short as published too, and its rate is stated for that
+    longest = max((epoch.iterations for epoch in epochs), default=1)
+    raised = 1.0 if rates_stated_for is None else min(LARGEST_RAISE, max(1.0, rates_stated_for / longest))
     for k, epoch in enumerate(epochs):
-        raised = 1.0 if rates_stated_for is None else min(LARGEST_RAISE, max(1.0, rates_stated_for / epoch.iterations))
         for group in learnables[epoch.unit].groups(epoch.phase):
             slot = _free_slot(slots, k, {name: group[name] for name in OPTIONS if name in group})
             slot.parameters.extend(group["params"])

@@ -177,7 +177,7 @@ class SampleStore:
             self.put(recipe, images)
         except (OSError, SafetensorError) as error:
             log.warning(
-                "%s cannot be written to (%s): the images just made are used, but must be made again another time; "
+                "%s cannot be written to (%s): what was just made is used, but must be made again another time; "
                 "free space there, or choose another folder with paths.store",
                 self.folder,
                 error,

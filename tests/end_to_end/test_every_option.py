@@ -40,8 +40,15 @@ def test_every_pipeline_runs_and_says_what_it_chose(pipeline: str, tmp_path: Pat
     facts = json.loads((tmp_path / "record.json").read_text())
     assert [entry["correction"] for entry in facts["corrections"]] == list(cfg.corrections)
     row = result_row(facts | {"choices": {"pipeline": pipeline, "reconstruction": "x"}})
-    assert row["pipeline"] == pipeline
-    assert result_row(facts | {"choices": {"pipeline": "None", "reconstruction": "x"}})["pipeline"] == "x"
+    assert (row["recipe"], row["pipeline"]) == (pipeline, "x")
+    assert result_row(facts | {"choices": {"pipeline": "None"}})["recipe"] == "none"
+
+
+def test_a_pipeline_goes_before_what_an_experiment_chose() -> None:
+    cfg = composed(["experiment=cifar10_resnet20_ranges", "pipeline=qdrop"])
+    alone = composed(["pipeline=qdrop"])
+    assert all(cfg[group] == alone[group] for group in ("weight", "activation", "reconstruction", "corrections"))
+    assert cfg.protocol.name == "zeroq"
 
 
 def test_the_command_line_changes_a_pipeline() -> None:

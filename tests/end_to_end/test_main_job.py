@@ -78,8 +78,7 @@ def test_real_images_are_listed(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "record.json").read_text())
     assert facts["data_free"] is False
     assert [entry["stage"] for entry in facts["real_data"]] == ["evaluation", "calibration"]
-    assert next(iter(facts["stages"])) == "teacher"
-    assert list(facts["stages"])[1] == "float"  # measured before anything is made of it
+    assert list(facts["stages"])[:3] == ["teacher", "convert", "float"]  # measured before any work is done
     assert len(facts["images"]["files"]) == 8
 
 
@@ -129,7 +128,8 @@ def test_float_answers_from_the_store_give_the_same_bits(tmp_path: Path, calibra
         results.append((run_job(cfg), json.loads((tmp_path / name / "record.json").read_text())))
     assert results[0][0] == results[1][0]
     assert [facts["float_from_store"] for _, facts in results] == [False, True]
-    assert results[0][1]["real_data"] == results[1][1]["real_data"]
+    opened = [sorted(facts["real_data"], key=lambda entry: entry["stage"]) for _, facts in results]
+    assert opened[0] == opened[1]  # in another order with real images: known, the accuracy is not measured first
     assert same(student(tmp_path / "measured"), student(tmp_path / "known"))
 
 
