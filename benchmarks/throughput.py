@@ -204,7 +204,8 @@ def main() -> None:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             old = [row for row in csv.DictReader(file) if row["network"] not in options.network]
-    write_csv(RESULTS, old + rows)
+    columns = dict.fromkeys(key for row in (*rows, *old) for key in row)  # older rows may lack some
+    write_csv(RESULTS, [{key: row.get(key, "") for key in columns} for row in (*old, *rows)])
 
 
 if __name__ == "__main__":
