@@ -58,7 +58,8 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             set_ranges(job, conversion, images)
             learns = job.cfg.reconstruction.phases != "none"
             changes = learns or job.corrections.changes_students
-            networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
+            if job.cfg.score_nearest:
+                networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:

@@ -147,7 +147,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "machine": facts["machine"],
         "commit": facts["commit"],
         "date": facts["started"][:10],
-        "nearest_top1": round(metrics["test/nearest/top1"], 2),
+        "nearest_top1": round(nearest, 2) if (nearest := metrics.get("test/nearest/top1")) is not None else None,
         "weight": choices.get("weight"),
         "activation": choices.get("activation"),
         "iterations": config["reconstruction"].get("iterations"),
