@@ -1,9 +1,11 @@
 """Run a sweep and write its finished jobs to `benchmarks/results/<name>.csv`, one row a run.
 
     python benchmarks/table.py cifar10 -- experiment=cifar10_resnet20_dsg_w4a4 sweep=cifar10
+    python benchmarks/table.py calibration_cifar10 --plan -- seed=0,1,2  a sweep a line of benchmarks/plans/<name>.txt
     python benchmarks/table.py cifar10 --collect multirun/<folder>       rows of a sweep that has already run
 
-What stands after `--` goes to `run.py`. Rows that the file holds of the same command and seed are replaced.
+What stands after `--` goes to `run.py`. Rows that the file holds of the same command and seed are replaced. A plan may
+be dealt to several processes, `--part 1/2` and `--part 2/2`; the rows of each of its lines are added when that has run.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ import argparse
 import csv
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -160,24 +165,63 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
     return [{key: row.get(key, "") for key in columns} for row in (*kept, *new)]
 
 
+def planned(text: str, part: tuple[int, int] = (1, 1)) -> list[list[str]]:
+    """The sweeps of a plan, one a line, as lists of overrides; of `(i, n)` parts the i-th. `#` starts a comment."""
+    lines = [line.split("#")[0].split() for line in text.splitlines()]
+    i, n = part
+    return [line for line in lines if line][i - 1 :: n]
+
+
+def part(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers, 1 to n."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"expected i/n with 1 <= i <= n, such as 1/2, got {text!r}")
+    return int(i), int(n)
+
+
+def sweep(overrides: list[str], folder: Path) -> int:
+    """Run `run.py` with these arguments below `folder`; its exit status."""
+    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.sweep.dir={folder}"]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def add(name: str, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a results file, also where other processes do the same."""
+    path = RESULTS / f"{name}.csv"
+    with FileLock(Path(tempfile.gettempdir()) / f"calibrant-results-{name}.lock"):
+        write_csv(path, merge(read_rows(path), rows))
+    print(f"{len(rows)} rows -> {path.relative_to(ROOT)}")
+
+
 def main() -> None:
-    """Run the sweep, collect, write."""
+    """Run the sweeps, collect, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="benchmarks/results/<name>.csv is written")
-    parser.add_argument("--collect", type=Path, help="folder of a sweep that has already run")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--collect", type=Path, help="folder of a sweep that has already run")
+    source.add_argument("--plan", action="store_true", help="run the sweeps of benchmarks/plans/<name>.txt")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="of a plan: the i-th of n parts")
     parser.add_argument("overrides", nargs="*", help="arguments of run.py, after --")
     options = parser.parse_args()
-    folder, failed = options.collect, 0
-    if folder is None:
-        folder = ROOT / "multirun" / f"{options.name}_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}"
-        command = [sys.executable, str(ROOT / "run.py"), *options.overrides, f"hydra.sweep.dir={folder}"]
-        failed = subprocess.run(command, cwd=ROOT, check=False).returncode
-    rows = collect(folder)
-    if not rows:
-        raise SystemExit(f"no finished run below {folder}")
-    path = RESULTS / f"{options.name}.csv"
-    write_csv(path, merge(read_rows(path), rows))
-    print(f"{len(rows)} rows -> {path.relative_to(ROOT)}")
+    if options.collect is not None:
+        rows = collect(options.collect)
+        if not rows:
+            raise SystemExit(f"no finished run below {options.collect}")
+        add(options.name, rows)
+        return
+    sweeps = [options.overrides]
+    if options.plan:
+        plan = (ROOT / "benchmarks" / "plans" / f"{options.name}.txt").read_text()
+        sweeps = [["-m", *line, *options.overrides] for line in planned(plan, options.part)]
+    folder, failed = ROOT / "multirun" / f"{options.name}_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}_{os.getpid()}", 0
+    for i, overrides in enumerate(sweeps):
+        failed = max(failed, sweep(overrides, folder / str(i)))
+        if rows := collect(folder / str(i)):
+            add(options.name, rows)
+        else:
+            print(f"no finished run below {folder / str(i)}", file=sys.stderr)
+            failed = failed or 1
     sys.exit(failed)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from benchmarks.readme_tables import SETTING, cells
-from benchmarks.table import changes, collect, merge, read_rows, replaces, spelled
+from benchmarks.table import add, changes, collect, merge, part, planned, read_rows, replaces, spelled
 from callbacks.report import result_row
 from tests.configuration import ROOT, composed
 
@@ -148,3 +150,57 @@ def test_a_table_tells_lengths_and_what_was_changed() -> None:
     ]
     noise = row | {"images": "none", "generator_steps": "0", "pipeline": "none", "changes": ""}
     assert cells(noise)[3:] == ["256 none", "adaround, lsq", "none"]
+
+
+def test_plan_is_one_sweep_a_line_without_comments_and_blank_lines():
+    text = "# all\na=1,2 b=x  # note\n\nc=3\n"
+
+    assert planned(text) == [["a=1,2", "b=x"], ["c=3"]]
+
+
+def test_parts_of_a_plan_are_the_whole_and_no_line_twice():
+    text = "\n".join(f"seed={i}" for i in range(7))
+
+    dealt = [planned(text, (i, 3)) for i in (1, 2, 3)]
+
+    assert sorted(itertools.chain(*dealt)) == planned(text)
+    assert [len(lines) for lines in dealt] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_part_that_is_none_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected i/n"):
+        part(text)
+
+
+def test_rows_added_one_after_another_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.table.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.table.ROOT", tmp_path)
+
+    add("some", [ROW])
+    add("some", [ROW | {"seed": 1}])
+
+    assert [row["seed"] for row in read_rows(tmp_path / "some.csv")] == ["0", "1"]
+
+
+def alone(line: list[str]) -> list[list[str]]:
+    """A sweep's line with every swept value once, the others at their first."""
+    parsed = OverridesParser.create().parse_overrides(line)
+    values = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_string()] for o in parsed]
+    keys = [line[i].split("=")[0] for i in range(len(line))]
+    first = [choices[0] for choices in values]
+    rows = {(*first[:i], choice, *first[i + 1 :]) for i, choices in enumerate(values) for choice in choices}
+    return [[f"{key}={value}" for key, value in zip(keys, row, strict=True)] for row in sorted(rows)]
+
+
+LINES = [
+    (path.stem, line)
+    for path in sorted((ROOT / "benchmarks/plans").glob("*.txt"))
+    for line in planned(path.read_text())
+]
+
+
+@pytest.mark.parametrize(("name", "line"), LINES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LINES)])
+def test_every_job_of_a_plan_composes(name: str, line: list[str]):
+    for overrides in alone(line):
+        composed(overrides)
