@@ -67,6 +67,14 @@ def scale_outputs(module: nn.Module, gain: Tensor) -> None:
     Raises:
         ValueError: if the weight has one scale for all channels.
     """
+    scale_weights(module, gain)
+    bias = bias_of(float_layer(module))
+    bias.copy_(bias.double() * gain.to(bias.device, torch.float64))
+
+
+@torch.no_grad()
+def scale_weights(module: nn.Module, gain: Tensor) -> None:
+    """`scale_outputs` without the bias."""
     layer = float_layer(module)
     gain = gain.to(layer.weight.device, torch.float64)
     weight = output_first(layer).double()
@@ -76,8 +84,6 @@ def scale_outputs(module: nn.Module, gain: Tensor) -> None:
         module.weight_quantizer.rescale(gain.to(layer.weight.dtype))
         scaled = _with_integers(module, scaled, before)
     layer.weight.copy_(own_layout(layer, scaled))
-    bias = bias_of(layer)
-    bias.copy_(bias.double() * gain)
 
 
 def _with_integers(module: QuantizedLayer, weight: Tensor, wanted: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from corrections.gains import absorb_gains, attach_gains
 from datamodules.steps import Steps
 from quantizers.base import Quantizer
 from quantizers.convert import Conversion
@@ -28,7 +29,7 @@ from quantizers.fold import FrozenNorm
 from quantizers.layer import WEIGHTED, ActivationSite, quantizers_of
 from reconstruction.schedules import anneal, index_batches, seed_of
 
-Learned = Literal["biases", "activation_scales", "norms"]
+Learned = Literal["biases", "activation_scales", "weight_scales", "norms"]
 Loss = Literal["kl", "mse"]
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -46,12 +47,13 @@ class TuningModule(pl.LightningModule):
         teacher: the float network.
         images: (N, C, H, W), normalised; moved to the device as a whole.
         learn: "biases" of all layers; "activation_scales", where the quantizer learns its scale (activation=lsq);
-            "norms", the scale and shift of normalisations that no layer could take in.
+            "weight_scales", a gain for each output channel of layers with a scale for each; "norms", the scale and
+            shift of normalisations that no layer could take in.
         optimizer: makes the optimizer from parameter groups.
         loss: "kl": from the teacher's to the student's class probabilities, mean over images and classes as published;
             "mse": of the logits.
         last_layer: whether the bias of the last layer is tuned too.
-        scale_lr: learning rate of activation scales, as a share of each scale.
+        scale_lr: learning rate of activation and weight scales, as a share of each scale.
         schedule: "constant", or "cosine" to zero.
         steps: optimizer steps.
         batch_size: images a step.
@@ -102,9 +104,11 @@ class TuningModule(pl.LightningModule):
             quantizer.harden()
         self.student.requires_grad_(False)
         self._plain, self._scales = tuned(self.student, learn, last_layer=last_layer)
-        if not self._plain and not self._scales:
+        self._gains = attach_gains(self.student) if "weight_scales" in learn else {}
+        if not self._plain and not self._scales and not self._gains:
             raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(learn)}")
-        for parameter in (*self._plain, *(quantizer.scale for quantizer in self._scales)):
+        gains = [gained.gain for gained in self._gains.values()]
+        for parameter in (*self._plain, *gains, *(quantizer.scale for quantizer in self._scales)):
             parameter.requires_grad_(True)
         self.train()  # Lightning warns of modules in evaluation mode; `on_train_start` puts them back
 
@@ -122,8 +126,10 @@ class TuningModule(pl.LightningModule):
         return Steps(self.steps)
 
     def configure_optimizers(self) -> Any:
-        """One group for biases and normalisations at the optimizer's own rate, one for each activation scale."""
+        """One group for biases and normalisations at the optimizer's own rate, others for gains and other scales."""
         groups: list[dict[str, Any]] = [{"params": self._plain}] if self._plain else []
+        if self._gains:
+            groups.append({"params": [gained.gain for gained in self._gains.values()], "lr": self.scale_lr})
         rates = [self.scale_lr * float(quantizer.step().detach()) for quantizer in self._scales]
         groups += [{"params": [q.scale], "lr": lr} for q, lr in zip(self._scales, rates, strict=True)]
         optimizer = self._optimizer_factory(groups)
@@ -149,6 +155,7 @@ class TuningModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Report, and leave a student in which nothing is learnable."""
+        absorb_gains(self.student, self._gains)
         self.student.requires_grad_(False)
         for quantizer in self._scales:
             quantizer.harden()
@@ -158,7 +165,8 @@ class TuningModule(pl.LightningModule):
                 f"{self.stage}: expected a finite loss after {self.steps} steps, got {after} (it began at {before}); "
                 "lower the learning rate of its optimizer"
             )
-        count = sum(p.numel() for p in self._plain) + len(self._scales)
+        gains = [gained.gain for gained in self._gains.values()]
+        count = sum(p.numel() for p in (*self._plain, *gains)) + len(self._scales)
         self.facts = {"loss_before": before, "loss_after": after, "steps": self.steps, "tuned": count}
         for logger in self.trainer.loggers:
             named = {f"{self.stage}/{key}": value for key, value in self.facts.items()}

@@ -23,7 +23,7 @@ from tests.reconstruction.students import images, resnet8, student_of
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 POLISH: dict[str, Any] = {
-    "learn": ["biases", "activation_scales", "norms"],
+    "learn": ["biases", "activation_scales", "weight_scales", "norms"],
     "optimizer": ADAM,
     "last_layer": True,
     "schedule": "cosine",
@@ -108,17 +108,46 @@ def test_only_biases_but_the_last_move(teacher: nn.Module) -> None:
 def test_polish_moves_scales_biases_and_norms_but_no_integer(teacher: nn.Module) -> None:
     network = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     conversion = student_of(network, images(13), activation=functools.partial(LSQ, range=MinMax()))
+    before = {key: value.clone() for key, value in conversion.student.state_dict().items()}
+    integers = {path: q.weight_quantizer.integers(q.weight)[0] for path, q in quantized_layers(conversion.student)}
     module = build(network, conversion, **POLISH)
-    before = state(module)
-    integers = {path: q.weight_quantizer.integers(q.weight)[0] for path, q in quantized_layers(module.student)}
     trainer(module).fit(module)
     moved = {key for key, value in state(module).items() if not torch.equal(value, before[key])}
-    assert {"0.scale", "0.shift", "1.layer.bias", "4.layer.bias"} <= moved
+    assert {"0.scale", "0.shift", "1.layer.bias", "4.layer.bias", "1.weight_quantizer.scale"} <= moved
     assert {key for key in moved if "activation_sites" in key} == {
         f"{path}.quantizer.scale" for path, _ in sites(conversion.student)
     }
     for path, layer in quantized_layers(module.student):
         assert torch.equal(layer.weight_quantizer.integers(layer.weight)[0], integers[path])
+
+
+def test_weight_scales_are_learned_as_in_a_plain_loop_and_integers_stay(teacher: nn.Module) -> None:
+    conversion = converted(teacher)
+    integers = {path: q.weight_quantizer.integers(q.weight)[0] for path, q in quantized_layers(conversion.student)}
+    module = build(teacher, conversion, learn=["weight_scales"], optimizer=ADAM, scale_lr=0.01, steps=4)
+    trainer(module).fit(module)
+
+    student = converted(teacher).student.requires_grad_(False)
+    gains = {path: torch.ones_like(q.weight_quantizer.scale).requires_grad_() for path, q in quantized_layers(student)}
+    for _, layer in quantized_layers(student):
+        layer.weight_quantizer.harden()
+    rounded = {f"{path}.layer.weight": layer.quantized_weight() for path, layer in quantized_layers(student)}
+    for _, layer in quantized_layers(student):
+        layer.enabled = False  # the quantized weights stand in the float ones' places
+    optimizer = torch.optim.Adam(gains.values(), lr=0.01)
+    targets = teacher(images(13)).log_softmax(1).detach()
+    for index in index_batches(13, 5, 4, seed=seed_of(3, "tuning")):
+        weights = {key: w * gains[key.removesuffix(".layer.weight")] for key, w in rounded.items()}
+        logits = torch.func.functional_call(student, weights, (images(13)[index],)).log_softmax(1)
+        optimizer.zero_grad()
+        (targets[index].exp() * (targets[index] - logits)).mean().backward()
+        optimizer.step()
+
+    for path, layer in quantized_layers(module.student):
+        assert torch.equal(layer.weight_quantizer.integers(layer.weight)[0], integers[path])
+        expected = rounded[f"{path}.layer.weight"] * gains[path].detach()
+        torch.testing.assert_close(layer.quantized_weight(), expected, rtol=1e-4, atol=1e-6)
+    assert module.facts["tuned"] == sum(gain.numel() for gain in gains.values())
 
 
 def test_targets_are_found_by_image_not_by_class(teacher: nn.Module) -> None:
