@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantizers.affine import multiples, positive, round_straight_through
+from quantizers.affine import between, multiples, positive, round_straight_through
 from quantizers.base import Quantizer
 from quantizers.grid import weight_grid
 from quantizers.ranges import Range
@@ -75,7 +75,7 @@ class AdaQuant(Quantizer):
 
     def offset(self) -> Tensor:
         """The learned zero point, rounded and kept on the grid."""
-        return round_straight_through(self.zero_point.clamp(self.grid.low, self.grid.high))
+        return round_straight_through(between(self.zero_point, self.grid.low, self.grid.high))
 
     def multiples(self, x: Tensor) -> Tensor:
         """`q - z` of the free weight."""

@@ -58,6 +58,26 @@ class _ClampPositive(torch.autograd.Function):
         return grad
 
 
+class _ClosedClamp(torch.autograd.Function):
+    """torch.clamp passes the gradient of an element on a bound in some releases and stops it in others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lowest: float, highest: float) -> Tensor:
+        clamped = x.clamp(lowest, highest)
+        ctx.save_for_backward(clamped == x)
+        return clamped
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None
+
+
+def between(x: Tensor, lowest: float, highest: float) -> Tensor:
+    """clip(x, lowest, highest); what stands on a bound still learns, so that it can return."""
+    return _ClosedClamp.apply(x, lowest, highest)  # pyright: ignore[reportReturnType]
+
+
 def positive(scale: Tensor) -> Tensor:
     """At least 1e-12; backward is the identity, so a scale that an update took below zero can return."""
     return _ClampPositive.apply(scale)  # pyright: ignore[reportReturnType]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantizers.affine import positive, round_straight_through, rounded_positions
+from quantizers.affine import between, positive, round_straight_through, rounded_positions
 from quantizers.base import Quantizer
 from quantizers.grid import weight_grid
 from quantizers.ranges import Range
@@ -81,20 +81,20 @@ class SignRound(Quantizer):
         """The zero point that the learned range has."""
         if self.beta is None:
             return self.zero_point
-        below = self.beta.clamp(*CLIP) * (self.zero_point - self.grid.low)
+        below = between(self.beta, *CLIP) * (self.zero_point - self.grid.low)
         return round_straight_through(self.grid.low + below / self._width())
 
     def _width(self) -> Tensor:
         """The learned range as a share of the chosen one; exactly 1 while alpha and beta are."""
-        alpha = self.alpha.clamp(*CLIP)
+        alpha = between(self.alpha, *CLIP)
         if self.beta is None:
             return alpha
         above, below = self.grid.high - self.zero_point, self.zero_point - self.grid.low
-        return (alpha * above + self.beta.clamp(*CLIP) * below) / (self.grid.high - self.grid.low)
+        return (alpha * above + between(self.beta, *CLIP) * below) / (self.grid.high - self.grid.low)
 
     def multiples(self, x: Tensor) -> Tensor:
         """`q - z`, shape of `x`."""
-        return rounded_positions(x / self.step() + self.V.clamp(*SHIFT), self.offset(), self.grid)
+        return rounded_positions(x / self.step() + between(self.V, *SHIFT), self.offset(), self.grid)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """V at `lr`, alpha and beta at `clip_lr`, for signed gradients and projected."""

@@ -87,6 +87,28 @@ def test_clipped_weights_move_the_end_that_they_stand_at() -> None:
     assert float(quantizer.alpha.grad) < 0  # a larger alpha lets the largest weight grow
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ends_of_the_range_learn_from_the_first_step(symmetric: bool) -> None:
+    """They start on the bound that they are projected onto."""
+    weight = a_weight(8, 30)
+    quantizer = SignRound(weight, 3, symmetric=symmetric, range=MinMax())
+    quantizer(weight).square().sum().backward()
+    for end in (quantizer.alpha, quantizer.beta):
+        if end is not None:
+            assert end.grad is not None
+            assert bool((end.grad != 0).any())
+
+
+def test_shift_at_its_bound_can_return() -> None:
+    weight = a_weight(8, 30)
+    quantizer = SignRound(weight, 4, range=MinMax())
+    with torch.no_grad():
+        quantizer.V.fill_(0.5)
+    quantizer(weight).sum().backward()
+    assert quantizer.V.grad is not None
+    assert float((quantizer.V.grad != 0).float().mean()) > 0.5
+
+
 def test_weights_move_by_at_most_one_step() -> None:
     weight = a_weight(8, 30)
     quantizer = displaced(weight, bits=8)
