@@ -188,7 +188,8 @@ class LowPass(View):
         right = torch.fft.rfftfreq(width, 1 / width, device=images.device)
         limit = self.cutoff * height / 224
         gain = (-(down[:, None].square() + (right * (height / width)).square()) / (2 * limit**2)).exp()
-        return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
+        spectrum = torch.fft.rfft2(images.contiguous())  # MKL's FFT in torch 2.8 refuses expanded tensors
+        return torch.fft.irfft2(spectrum * gain, s=(height, width))
 
 
 def _coin(probability: float, rng: torch.Generator) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lightning_modules.block_reconstruction import BlockReconstructionModule
+from lightning_modules.job import SAFE_LOADING
 from lightning_modules.reconstruction import build_reconstruction
 from quantizers.adaquant import AdaQuant
 from quantizers.adaround import AdaRound
@@ -256,7 +257,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, phases: str, ki
     module, datamodule = build_reconstruction(conversion=resumed, images=x, **(SETTINGS | arguments))
     after = KillAndWatch(None, kill + 1)
     trainer = trainer_of(module, callbacks=[after])
-    trainer.fit(module, datamodule=datamodule, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=tmp_path / "last.ckpt", **SAFE_LOADING)
     assert same(resumed.student, whole.student)
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in m.results] for m in (module, expected)]
     assert rows[0] == rows[1]
