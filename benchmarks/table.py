@@ -194,16 +194,21 @@ def add(name: str, rows: list[dict[str, Any]]) -> None:
     print(f"{len(rows)} rows -> {path.relative_to(ROOT)}")
 
 
-def main() -> None:
-    """Run the sweeps, collect, write."""
+def arguments(line: list[str]) -> argparse.Namespace:
+    """The command line; what stands behind `--` is split off first: after options argparse would not take it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="benchmarks/results/<name>.csv is written")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--collect", type=Path, help="folder of a sweep that has already run")
     source.add_argument("--plan", action="store_true", help="run the sweeps of benchmarks/plans/<name>.txt")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="of a plan: the i-th of n parts")
-    parser.add_argument("overrides", nargs="*", help="arguments of run.py, after --")
-    options = parser.parse_args()
+    split = line.index("--") if "--" in line else len(line)
+    return parser.parse_args(line[:split], argparse.Namespace(overrides=line[split + 1 :]))
+
+
+def main() -> None:
+    """Run the sweeps, collect, write."""
+    options = arguments(sys.argv[1:])
     if options.collect is not None:
         rows = collect(options.collect)
         if not rows:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from benchmarks.readme_tables import SETTING, cells
-from benchmarks.table import add, changes, collect, merge, part, planned, read_rows, replaces, spelled
+from benchmarks.table import add, arguments, changes, collect, merge, part, planned, read_rows, replaces, spelled
 from callbacks.report import result_row
 from tests.configuration import ROOT, composed
 
@@ -171,6 +171,15 @@ def test_parts_of_a_plan_are_the_whole_and_no_line_twice():
 def test_part_that_is_none_is_refused(text: str):
     with pytest.raises(argparse.ArgumentTypeError, match="expected i/n"):
         part(text)
+
+
+@pytest.mark.parametrize("options", [[], ["--plan"], ["--plan", "--part", "2/3"]])
+def test_everything_behind_the_dashes_goes_to_the_run(options: list[str]):
+    read = arguments(["name", *options, "--", "-m", "seed=0,1"])
+
+    assert read.name == "name"
+    assert read.overrides == ["-m", "seed=0,1"]
+    assert read.part == ((2, 3) if "--part" in options else (1, 1))
 
 
 def test_rows_added_one_after_another_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
