@@ -1,6 +1,6 @@
 """Draw accuracy against the number of calibration images from `benchmarks/results/few_images_<network>.csv`.
 
-python benchmarks/few_images.py                 writes few_images_cifar10.png beside it
+python -m benchmarks.few_images                 writes few_images_cifar10.png beside it
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ TABLES = {  # by document and results file
         "calibrant_ablation": "What composes: our recipe, one part changed (MobileNetV2: 1,000 test images)",
     },
 }
+PIVOTS = {  # by document and results file: a row a method, a column for each width and kind of images
+    "docs/results.md": {
+        "calibration_cifar10": "Roundings, granularities and pipelines, CIFAR-10, ResNet-20 (10,000 test images)",
+    },
+}
 CARDS = {  # by card: what the column `images` says in rows about it
     "zeroq": ("zeroq",),
     "dsg": ("dsg",),
@@ -46,6 +51,8 @@ SETTING = (
     "network", "protocol", "w_bits", "a_bits", "images", "image_count", "generator_steps", "weight", "activation",
     "pipeline", "iterations", "corrections", "changes",
 )  # fmt: skip
+RATES = ("weight.", "generator.", "activation.", "corrections.bias_tuning.")  # told by the plan, not by the table
+ASIDE = ("reconstruction.batch_size", "reconstruction.iterations", "reconstruction.rates_stated_for")
 SHOWN = {"generator.steps": "generator_steps", "reconstruction.iterations": "iterations"}  # settings with a place
 
 
@@ -120,9 +127,72 @@ def table(name: str, title: str) -> list[str]:
         scores[0] = scores[0].split(" ")[0]
         told = cells(dict(zip(SETTING, setting, strict=True)))
         lines.append(f"| {' | '.join([*told, str(len(group)), *scores])} |")
-    made = sorted({(row["date"], row["machine"]) for row in rows})
-    lines += ["", f"`benchmarks/results/{name}.csv`, made on " + "; ".join(f"{d} ({m})" for d, m in made) + ".", ""]
+    return [*lines, "", made(name, rows), ""]
+
+
+def pivoted(name: str, title: str) -> list[str]:
+    """Lines of one results file as a pivot table."""
+    rows = rows_of(name)
+    counts = sorted({int(row["image_count"]) for row in rows})
+    seeds = sorted({int(row["seed"]) for row in rows})
+    caption = f"{counts[0]} images; seeds {', '.join(str(seed) for seed in seeds)} where a deviation stands."
+    return [f"**{title}**", "", *pivot(rows), "", caption, made(name, rows), ""]
+
+
+def made(name: str, rows: list[dict[str, str]]) -> str:
+    """When and on what the rows of a file were made."""
+    places = sorted({(row["date"], row["machine"]) for row in rows})
+    return f"`benchmarks/results/{name}.csv`, made on " + "; ".join(f"{d} ({m})" for d, m in places) + "."
+
+
+def method(row: dict[str, str]) -> str:
+    """A pipeline's name, or rounding and what it is learned over, then every other setting that tells rows apart."""
+    settings = dict(setting.split("=", 1) for setting in row["changes"].split())
+    settings = {key: value for key, value in settings.items() if not key.startswith(RATES) and key not in ASIDE}
+    if row["recipe"] not in ("", "none"):
+        parts = [f"pipeline {row['recipe']}"]
+        if row["corrections"] in ("", "none") and row["recipe"] in ("light", "advanced"):
+            parts.append("without corrections")
+    else:
+        parts = [row["weight"]]
+        if row["pipeline"] == "fast":
+            parts.append(settings.pop("reconstruction.granularity", "block"))
+    told = {"reconstruction.drop=0.0": "no drop", "reconstruction.schedule=parallel": "parallel"}
+    return ", ".join(parts + [told.get(text, text) for text in (f"{k}={v}" for k, v in sorted(settings.items()))])
+
+
+def pivot(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and mean seconds."""
+    kinds = sorted({row["images"] for row in rows}, key=lambda kind: kind == "real")
+    widths = sorted(
+        {(int(row["w_bits"]), int(row["a_bits"])) for row in rows}, key=lambda wide: (-wide[0] * wide[1], wide)
+    )
+    columns = [(w, a, kind) for w, a in widths for kind in kinds]
+    cells: dict[str, dict[Any, list[float]]] = {}
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        name = method(row)
+        column = int(row["w_bits"]), int(row["a_bits"]), row["images"]
+        cells.setdefault(name, {}).setdefault(column, []).append(float(row["top1"]))
+        if row["images_from_store"] == "True":
+            seconds.setdefault(name, []).append(float(row["seconds"]))
+    best = {c: max((statistics.mean(found[c]) for found in cells.values() if c in found), default=0.0) for c in columns}
+    heads = [f"W{w}A{a} {kind}" for w, a, kind in columns]
+    lines = [f"| method | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
+    for name in sorted(cells):
+        shown = [best_cell(cells[name].get(column, []), best[column]) for column in columns]
+        spent = f"{statistics.median(seconds[name]):.0f}" if name in seconds else ""
+        lines.append(f"| {name} | {' | '.join(shown)} | {spent} |")
     return lines
+
+
+def best_cell(values: list[float], best: float) -> str:
+    """Mean and sample deviation, bold where it is the best."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    text = f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+    return f"**{text}**" if mean >= best - 0.005 else text
 
 
 def main() -> None:
@@ -132,6 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     tables = {
         document: [line for name, title in titles.items() if rows_of(name) for line in table(name, title)]
+        + [line for name, title in PIVOTS.get(document, {}).items() if rows_of(name) for line in pivoted(name, title)]
         for document, titles in TABLES.items()
     } | {f"docs/methods/{name}.md": card(images) for name, images in CARDS.items()}
     for document, lines in tables.items():

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from benchmarks.readme_tables import SETTING, cells
+from benchmarks.readme_tables import SETTING, cells, pivot
 from benchmarks.table import add, arguments, changes, collect, merge, part, planned, read_rows, replaces, spelled
 from callbacks.report import result_row
 from tests.configuration import ROOT, composed
@@ -213,3 +213,24 @@ LINES = [
 def test_every_job_of_a_plan_composes(name: str, line: list[str]):
     for overrides in alone(line):
         composed(overrides)
+
+
+def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
+    common = {"changes": "generator.steps=200", "recipe": "none", "pipeline": "fast", "corrections": "none"}
+    common |= {"w_bits": "3", "a_bits": "3", "images": "dsg", "images_from_store": "True", "seconds": "20.0"}
+    rows = [
+        common | {"weight": "adaround", "top1": "88.00"},
+        common | {"weight": "adaround", "top1": "89.00"},
+        common | {"weight": "adaround", "top1": "91.50", "w_bits": "8", "a_bits": "8"},
+        common | {"weight": "flexround", "top1": "88.40", "changes": "reconstruction.drop=0.0 weight.lr=1e-4"},
+        common | {"weight": "nearest", "top1": "80.00", "pipeline": "none", "images": "real"},
+    ]
+
+    head, _, *lines = pivot(rows)
+
+    assert head == "| method | W8A8 dsg | W8A8 real | W3A3 dsg | W3A3 real | seconds |"
+    assert lines == [
+        "| adaround, block | **91.50** |  | **88.50 ± 0.71** |  | 20 |",
+        "| flexround, block, no drop |  |  | 88.40 |  | 20 |",
+        "| nearest |  |  |  | **80.00** | 20 |",
+    ]
