@@ -4,8 +4,9 @@
 
 Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of
 the same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
-forward, loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. Rounds alternate between the two, so that other
-load on the machine falls on both; the figure is the ratio of the medians over rounds.
+forward, loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n
+steps a unit, with the activations between units, over the same loops and nothing else. Rounds alternate between the
+two, so that other load on the machine falls on both; the figure is the ratio of the medians over rounds.
 """
 
 from __future__ import annotations
@@ -117,17 +118,27 @@ def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[
 
 def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
     """Seconds a step of a loop without Lightning on the same unit: forward, loss, backward, Adam."""
+    module, cache = opened(cfg, conversion, images)
+    module.enter(epoch, cache)
+    return plain_timed(plain_step(cfg, module, cache, epoch, len(images)), steps)
+
+
+def opened(cfg: Any, conversion: Any, images: Tensor) -> tuple[Any, Any]:
+    """A module that no Trainer trains, and its activations."""
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
     module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # for its world size
-    cache = datamodule.open_cache(module)
-    module.enter(epoch, cache)
+    return module, datamodule.open_cache(module)
+
+
+def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Callable[[], None]:
+    """One step on the unit that was entered."""
     learnables = module.learnables[module.epochs[epoch].unit]
     groups = [{"params": g["params"], "lr": g["lr"]} for g in learnables.groups(module.epochs[epoch].phase)]
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
-    index = torch.arange(cfg.reconstruction.batch_size) % len(images)
+    index = torch.arange(cfg.reconstruction.batch_size) % count
     unit = cache.student_module
 
     def step() -> None:
@@ -139,7 +150,36 @@ def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, 
         loss.backward()
         optimizer.step()
 
-    return plain_timed(step, steps)
+    return step
+
+
+def whole_network(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
+    """Seconds a step over all units, activations between them and measurements included, and of bare loops alone."""
+    images = torch.randn(batch, *teacher.input_size)
+    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
+
+    def calibrated() -> Any:
+        conversion = convert(teacher.network, teacher.example(), *parts)
+        calibrate_ranges(conversion.student, images, batch)
+        return conversion
+
+    module, datamodule = instantiate(cfg.reconstruction)(conversion=calibrated(), images=images, seed=0)
+    total = sum(epoch.iterations for epoch in module.epochs)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **module.trainer_arguments())
+    begin = time.perf_counter()
+    trainer.fit(module, datamodule=datamodule)
+    ours = time.perf_counter() - begin
+    module, cache = opened(cfg, calibrated(), images)
+    bare = 0.0
+    for index, epoch in enumerate(module.epochs):
+        module.enter(index, cache)
+        step = plain_step(cfg, module, cache, index, len(images))
+        begin = time.perf_counter()
+        for _ in range(epoch.iterations):
+            step()
+        bare += time.perf_counter() - begin
+    return ours / total, bare / total
 
 
 def composed(network: str, generator: str, options: argparse.Namespace) -> Any:
@@ -158,11 +198,16 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float]] = [("synthesis", name, synthesis, 1.25) for name in options.generators]
     cases.append(("reconstruction", options.reconstruction, reconstruction, 1.15))
+    if options.whole:
+        cases.append(("whole network", options.reconstruction, whole_network, 1.15))
     rows = []
     for stage, preset, function, goal in cases:
         cfg = composed(network, preset if stage == "synthesis" else options.generators[0], options)
+        steps = options.steps
+        if stage == "whole network":
+            steps = cfg.reconstruction.iterations = options.whole
         teacher: Teacher = instantiate(cfg.model)
-        pairs = [function(cfg, teacher, batch, options.steps) for _ in range(options.rounds)]
+        pairs = [function(cfg, teacher, batch, steps) for _ in range(options.rounds)]
         ours, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         size = batch if stage == "synthesis" else cfg.reconstruction.batch_size
@@ -170,7 +215,7 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "network": network, "stage": stage, "preset": preset, "batch": size, "ratio": round(ratio, 3),
                 "goal": goal,
-                "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": options.steps,
+                "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": steps,
                 "rounds": options.rounds, "machine": machine(), "commit": commit(),
                 "date": datetime.now(UTC).date().isoformat(),
             }
@@ -191,6 +236,9 @@ def main() -> None:
     parser.add_argument("--reconstruction", default="brecq", help="option of conf/reconstruction")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--whole", type=int, default=0, help="steps a unit of the whole reconstruction; 0 leaves it out"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if options.steps < LEAST_STEPS:
