@@ -24,6 +24,7 @@ TABLES = {  # by document and results file
     },
     "docs/results.md": {
         "synthesis_cifar10": "Every way of making images, CIFAR-10, ResNet-20 (10,000 test images)",
+        "synthesis_fashion": "Every way of making images on the embedded network (10,000 test images)",
         "bn_free": "Networks without BatchNorm, range calibration alone (10,000 test images)",
         "calibrant_ablation": "What composes: our recipe, one part changed (MobileNetV2: 1,000 test images)",
     },
