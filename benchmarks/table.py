@@ -37,6 +37,7 @@ IDENTITY = (
     "pipeline",
     "recipe",
     "allocation",
+    "hardware",
     "seed",
     "weight",
     "activation",
