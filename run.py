@@ -207,14 +207,19 @@ def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[s
         metrics=metrics,
         bytes={"float": float_bytes, "quantized": quantized_bytes},
     )
-    found = {"name": job.allocation.name} | facts.get("allocation", {})
-    job.record.add(allocation=found | summary(conversion.student))
+    found = {"name": job.allocation.name} | facts.get("allocation", {}) | summary(conversion.student)
+    job.record.add(allocation=found)
     if not cfg.evaluate:
         job.record.add(row=report.result_row(facts))
     sizes = {"float": float_bytes, "nearest": quantized_bytes, "quantized": quantized_bytes}
     images = facts.get("images", {})
+    widths = f"W{cfg.bits.weight}A{cfg.bits.activation}"
+    if found["name"] != "uniform":
+        widths = (
+            f"{found['name']} W{found['average_weight_bits'] or 32:.2f}A{found['average_activation_bits'] or 32:.2f}"
+        )
     caption = (
-        f"{teacher.name}, protocol {cfg.protocol.name}, W{cfg.bits.weight}A{cfg.bits.activation}, "
+        f"{teacher.name}, protocol {cfg.protocol.name}, {widths}, "
         f"{images.get('count', 0)} {images.get('origin', 'no')} calibration images, "
         f"{facts['test_images']} test images, seed {cfg.seed}"
     )

@@ -116,7 +116,7 @@ class Bench:
             choices=self.choices,
             reference=self.conversion.reference.to(self.job.device),
             images=self.images.images[: self.count],
-            answers=self._answers()[: self.count],
+            answers=self.answers[: self.count],
             labels=None if labels is None else labels[: self.count],
             batch_size=self.job.cfg.batch_size,
         )
@@ -125,7 +125,7 @@ class Bench:
         """An assignment as a whole, rounded to nearest, on all calibration images; needs no label."""
         swaps, labels = self.probe.swaps, self.images.labels
         swaps.assign([own[i] for own, i in zip(self.choices, chosen, strict=True)])
-        outputs, answers = swaps.run(self.images.images, self.job.cfg.batch_size), self._answers()
+        outputs, answers = swaps.run(self.images.images, self.job.cfg.batch_size), self.answers
         agreement = (outputs.argmax(1) == answers.argmax(1)).double().mean()
         top1 = None if labels is None else float(100 * (outputs.argmax(1) == labels).double().mean())
         return Score(float(100 * agreement), float(divergence(outputs, answers).mean()), top1)
@@ -133,10 +133,11 @@ class Bench:
     def teacher_top1(self) -> float | None:
         """The teacher's accuracy on the calibration images, where labels are known."""
         labels = self.images.labels
-        return None if labels is None else float(100 * (self._answers().argmax(1) == labels).double().mean())
+        return None if labels is None else float(100 * (self.answers.argmax(1) == labels).double().mean())
 
-    @functools.cache  # noqa: B019  the bench lives as long as its stage
-    def _answers(self) -> Tensor:
+    @functools.cached_property
+    def answers(self) -> Tensor:
+        """The teacher's outputs (N, K) on all calibration images."""
         network, device = self.teacher.network.to(self.job.device), self.job.device
         with torch.no_grad():
             batches = self.images.images.split(self.job.cfg.batch_size)

@@ -24,6 +24,8 @@ QUICK = [
 ]
 PROGRAM = [*QUICK, "allocation=integer_program", "allocation.weight_bits=[2,4,8]"]
 
+WIDTHS = ["bits.weight=3", "bits.activation=8"]
+
 
 def run(overrides: list[str], folder: Path, store: Path | None = None) -> dict[str, Any]:
     cfg = composed(overrides, folder)
@@ -39,7 +41,7 @@ def widths(folder: Path, kind: str) -> list[int]:
 
 
 def test_a_searched_allocation_is_saved_drawn_and_loads_again(tmp_path: Path) -> None:
-    program = [*PROGRAM, "allocation.method.count=3", "allocation.additivity=6", "bits=w3a8"]
+    program = [*PROGRAM, "allocation.method.count=3", "allocation.additivity=6", *WIDTHS]
     facts = run(program, tmp_path / "a", tmp_path / "store")
     found = facts["allocation"]
     assert (found["name"], found["hardware"]) == ("integer_program", "any")
@@ -55,10 +57,10 @@ def test_a_searched_allocation_is_saved_drawn_and_loads_again(tmp_path: Path) ->
     assert set(widths(tmp_path / "a", "activation")) == {8}
     assert facts["row"]["allocation"] == "integer_program"
     assert facts["row"]["size_fraction"] == round(found["size_fraction"], 4)
-    for name in ("allocation.yaml", "allocation.png", "allocation.csv", "sensitivities.csv", "additivity.csv"):
+    for name in ("allocation.yaml", "allocation.png", "sensitivities.csv", "additivity.csv"):
         assert (tmp_path / "a" / name).stat().st_size > 0, name
     path = tmp_path / "a" / "allocation.yaml"
-    again = run([*QUICK, "bits=w3a8", "allocation=from_file", f"allocation.path={path}"], tmp_path / "b")
+    again = run([*QUICK, *WIDTHS, "allocation=from_file", f"allocation.path={path}"], tmp_path / "b")
     assert again["row"]["allocation"] == "from_file"
     assert again["metrics"] == facts["metrics"]
     first, second = (load_file(tmp_path / name / "student.safetensors") for name in ("a", "b"))
@@ -114,7 +116,7 @@ def test_the_smallest_network_that_keeps_the_agreement(tmp_path: Path) -> None:
 
 def test_a_network_that_cannot_keep_the_agreement_is_refused(tmp_path: Path) -> None:
     small = [*PROGRAM, "allocation.keep_top1=0", "allocation.weight_bits=[2]", "bits.activation=2"]
-    with pytest.raises(ValueError, match=r"keep_top1.*loses at most 0\.0 points.*largest loses"):
+    with pytest.raises(ValueError, match=r"keep_top1.*loses at most 0 points.*largest loses"):
         run(small, tmp_path / "b")
     with pytest.raises(ValueError, match=r"judge: top1 expects labelled images"):
         run([*small, "allocation.judge=top1"], tmp_path / "c")
