@@ -1,4 +1,4 @@
-"""Calibrant's main job, in order: teacher, student, calibration images, ranges, reconstruction, corrections, score.
+"""Calibrant's main job, in order: teacher, student, images, widths, ranges, reconstruction, corrections, score.
 
 python run.py                    the embedded example
 python run.py --help             groups, options, examples
@@ -15,10 +15,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from allocation.costs import summary
+from allocation.groups import Bits
 from callbacks import report
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
+from lightning_modules.allocation import FILE, known_bits
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
@@ -47,7 +50,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         with job.stage("teacher"):
             teacher: Teacher = instantiate(job.cfg.model)
             reference = float_reference(job, teacher, instantiate(job.cfg.data))
-        conversion = make_student(job, teacher)
+        conversion = make_student(job, teacher, known_bits(job))
         expect_float_accuracy(job, teacher, reference)
         networks: dict[str, nn.Module] = {"float": teacher.network}
         identity = {"teacher": teacher.weights_hash}
@@ -55,6 +58,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
             images = calibration_images(job, teacher)
+            conversion = allocate(job, teacher, conversion, images)
             set_ranges(job, conversion, images)
             learns = job.cfg.reconstruction.phases != "none"
             changes = learns or job.corrections.changes_students
@@ -82,6 +86,7 @@ def expect_possible(job: Job) -> None:
             "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
+    job.allocation.expect_images(job.source.origin)
     job.corrections.expect_images(job.source.origin)
     shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")
     if shares < 1 or (shares > 1 and learned and job.cfg.reconstruction.schedule != "parallel"):
@@ -91,10 +96,10 @@ def expect_possible(job: Job) -> None:
         )
 
 
-def make_student(job: Job, teacher: Teacher) -> Conversion:
+def make_student(job: Job, teacher: Teacher, bits: Bits | None, stage: str = "convert") -> Conversion:
     """Rewrite the teacher's graph with the quantizers that protocol and bits ask for; nothing is calibrated yet."""
     cfg = job.cfg
-    with job.stage("convert"):
+    with job.stage(stage):
         conversion = convert(
             teacher.network,
             teacher.example(),
@@ -102,6 +107,7 @@ def make_student(job: Job, teacher: Teacher) -> Conversion:
             instantiate(cfg.weight),
             instantiate(cfg.activation),
             instantiate(cfg.bits),
+            allocation=bits,
             prepare=job.corrections.prepare,
         )
     job.corrections.expect(conversion)
@@ -124,6 +130,15 @@ def calibration_images(job: Job, teacher: Teacher) -> CalibrationImages:
     if job.is_main and len(images.images):
         save_grid(images.images, job.folder / "images.png", mean=teacher.mean, std=teacher.std)
     return images
+
+
+def allocate(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> Conversion:
+    """Choose the widths of every layer and convert anew, where they are to be found and have not been."""
+    if not job.allocation.searches or (job.cfg.resume and (job.folder / FILE).exists()):
+        return conversion
+    with job.stage("allocation"):
+        bits = job.allocation.find(job, teacher, conversion, images)
+    return make_student(job, teacher, bits, "convert_allocated")
 
 
 def synthesised(job: Job) -> bool:
@@ -193,12 +208,19 @@ def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[s
         metrics=metrics,
         bytes={"float": float_bytes, "quantized": quantized_bytes},
     )
+    found = {"name": job.allocation.name} | facts.get("allocation", {}) | summary(conversion.student)
+    job.record.add(allocation=found)
     if not cfg.evaluate:
         job.record.add(row=report.result_row(facts))
     sizes = {"float": float_bytes, "nearest": quantized_bytes, "quantized": quantized_bytes}
     images = facts.get("images", {})
+    widths = f"W{cfg.bits.weight}A{cfg.bits.activation}"
+    if found["name"] != "uniform":
+        widths = (
+            f"{found['name']} W{found['average_weight_bits'] or 32:.2f}A{found['average_activation_bits'] or 32:.2f}"
+        )
     caption = (
-        f"{teacher.name}, protocol {cfg.protocol.name}, W{cfg.bits.weight}A{cfg.bits.activation}, "
+        f"{teacher.name}, protocol {cfg.protocol.name}, {widths}, "
         f"{images.get('count', 0)} {images.get('origin', 'no')} calibration images, "
         f"{facts['test_images']} test images, seed {cfg.seed}"
     )

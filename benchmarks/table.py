@@ -42,6 +42,7 @@ IDENTITY = (
     "pipeline",
     "recipe",
     "allocation",
+    "hardware",
     "seed",
     "weight",
     "activation",

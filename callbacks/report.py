@@ -127,6 +127,7 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
+    allocation = facts.get("allocation", {})
     synthetic = facts["images"]["origin"] == "synthetic"
     parts = [*facts.get("earlier_stages", []), facts["stages"]]
     return {
@@ -138,7 +139,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "images": choices.get("generator") if synthetic else facts["images"]["origin"],
         "image_count": facts["images"]["count"],
         "pipeline": choices.get("reconstruction"),
-        "allocation": "uniform",
+        "allocation": allocation.get("name", "uniform"),
         "seed": config["seed"],
         "top1": round(metrics["test/quantized/top1"], 2),
         "agreement": round(metrics["test/quantized/agreement"], 2),
@@ -158,7 +159,16 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "generator_steps": generator_steps(config["generator"]) if synthetic else None,
         "images_from_store": facts["images"]["from_store"],
         "recipe": named(choices.get("pipeline")),
+        "hardware": allocation.get("hardware", "none"),
+        "average_w_bits": rounded(allocation.get("average_weight_bits")),
+        "average_a_bits": rounded(allocation.get("average_activation_bits")),
+        "size_fraction": rounded(allocation.get("size_fraction")),
     }
+
+
+def rounded(value: float | None) -> float | None:
+    """Four decimals, where there is a number."""
+    return None if value is None else round(value, 4)
 
 
 def generator_steps(generator: Mapping[str, Any]) -> int:

@@ -61,6 +61,7 @@ class Corrections:
 
     def prepare(self, traced: Trace) -> None:
         """Correct the folded float graph, in place, before it is converted."""
+        self.applied = []  # a network may be converted again, with other widths
         if not self.steps:
             return
         add_missing_biases(traced)

@@ -25,6 +25,7 @@ from callbacks import report
 from callbacks.run_record import RunRecord
 from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
+from lightning_modules.allocation import Allocation, Uniform
 from lightning_modules.corrections import Corrections
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
@@ -41,6 +42,7 @@ class Job:
     Attributes:
         cfg: the run's configuration; with `resume` or `evaluate` the one saved in that folder.
         source: where the calibration images come from.
+        allocation: where the widths of the layers come from.
         corrections: what is corrected before conversion and after reconstruction.
         folder: where the run's files go.
         record: facts for `record.json`.
@@ -65,8 +67,9 @@ class Job:
         self.fitted: list[str] = []
 
     def open(self) -> None:
-        """Find out where the calibration images come from and what is corrected, and start the configured loggers."""
+        """Find out where images and widths come from and what is corrected, and start the configured loggers."""
         self.source = instantiate(self.cfg.calibration)
+        self.allocation: Allocation = instantiate(self.cfg.allocation) if "allocation" in self.cfg else Uniform()
         self.corrections = Corrections(instantiate(self.cfg.get("corrections", {}), _convert_="all"))
         self.ledger = DataLedger(data_free=self.source.origin != "real")
         if self.cfg.resume:

@@ -59,7 +59,9 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
         return {"overrides": overrides(), "choices": choices()}
     old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
-    facts |= {key: old[key] for key in ("images", "corrections") if key in old}  # neither is done again
+    facts |= {
+        key: old[key] for key in ("images", "corrections", "allocation") if key in old
+    }  # none of it is done again
     if cfg.resume:
         facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
     return facts

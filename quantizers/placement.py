@@ -78,7 +78,8 @@ def plan(
     """Decides what is quantized in a folded graph. `allocation`: layer path -> (weight bits, bits of its input).
 
     The protocol's widths for the ends of the network come before the allocation. A tensor that several layers read gets
-    the largest of their widths. Layers inside opaque modules quantize their inputs whatever the placement.
+    the largest of their widths; one that no layer reads, that of the layers it reaches through sums and concatenations.
+    Layers inside opaque modules quantize their inputs whatever the placement.
     """
     planner = _Planner(graph_module, protocol, bits, dict(allocation or {}), opaque)
     tensors = [] if bits.activation == FLOAT else planner.tensors()
@@ -161,9 +162,25 @@ class _Planner:
                 readers.setdefault(source, []).append(node)
         return readers
 
+    def _reached(self, node: fx.Node) -> list[fx.Node]:
+        """The layers that a tensor reaches, through sums and concatenations, where none reads it as it is."""
+        found: dict[fx.Node, None] = {}
+        seen, left = {node}, [node]
+        while left:
+            for user in left.pop().users:
+                if self.operators.is_weighted(user):
+                    found[user] = None
+                elif user not in seen and user not in self.heavy and not self._is_placed(user):
+                    seen.add(user)
+                    left.append(user)
+        return list(found)
+
+    def _is_placed(self, node: fx.Node) -> bool:
+        return self.protocol.placement == "relu" and self.operators.is_activation(node)
+
     def _tensor(self, node: fx.Node, readers: list[fx.Node]) -> TensorPlan | None:
         protocol = self.protocol
-        layers = [path for reader in readers for path in self._paths(reader)]
+        layers = [path for reader in readers or self._reached(node) for path in self._paths(reader)]
         given = [self.allocation[path][1] for path in layers if path in self.allocation]
         bits = max(given) if given else self.bits.activation
         behind = {node} if node in self.heavy else self.before[node]
