@@ -124,7 +124,8 @@ def table(name: str, title: str) -> list[str]:
     )
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for setting, group in sorted(groups.items(), key=order):
-        scores = [spread([float(row[key]) for row in group]) for key in ("float_top1", "nearest_top1", "top1")]
+        columns = ([row[key] for row in group] for key in ("float_top1", "nearest_top1", "top1"))
+        scores = [spread([float(value) for value in column]) if all(column) else "" for column in columns]
         scores[0] = scores[0].split(" ")[0]
         told = cells(dict(zip(SETTING, setting, strict=True)))
         lines.append(f"| {' | '.join([*told, str(len(group)), *scores])} |")
