@@ -111,11 +111,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this code runs from, with `+` where files were changed; None outside a checkout."""
+    """Commit of the checkout this code runs from, with `+` where files were changed; None outside a checkout.
+
+    Results do not count: a benchmark of several sweeps writes them between two of its runs, and no run reads them.
+    """
     here = Path(__file__).resolve().parent
+    changed = ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        state = subprocess.run(changed, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip()[:12] + ("+" if state.stdout.strip() else "")
