@@ -40,6 +40,7 @@ CARDS = {  # by card: what the column `images` says in rows about it
     "deepinversion": ("deepinversion_cifar",),
     "intraq": ("intraq_cifar10",),
     "genie": ("genie",),
+    "hast": ("hast_cifar", "synq_cifar"),
     "gdfq": ("gdfq",),
     "gzsq": ("gzsq",),
     "propagated": ("propagated",),
