@@ -18,8 +18,8 @@ FILE = "model.onnx"
 class OnnxExport:
     """container: see `deployment.containers`. `opset`: None is the lowest that has the container's types.
 
-    `compared`: images on which every tensor is compared with the student; 0 compares nothing. `agreement`: per cent of
-    the evaluation images on which the runtime has to predict like the student. `threads`: of the runtime.
+    `compared`: images on which every tensor is compared with the student; 0 compares nothing. `tolerance`: points
+    by which top-1 of runtime and student may be apart (see `expect_same_top1`). `threads`: of the runtime.
 
     Raises:
         ValueError: for an unknown container, an opset that lacks its types, or a number out of its range.
@@ -28,15 +28,15 @@ class OnnxExport:
     container: Container = "auto"
     opset: int | None = None
     compared: int = 16
-    agreement: float = 99.0
+    tolerance: float = 0.1
     threads: int = 1
 
     def __post_init__(self) -> None:
         check_container(self.container, self.opset)
         if self.compared < 0:
             raise ValueError(f"export.compared: expected a number of images, 0 or more, got {self.compared}")
-        if not 0 <= self.agreement <= 100:
-            raise ValueError(f"export.agreement: expected per cent from 0 to 100, got {self.agreement}")
+        if self.tolerance < 0:
+            raise ValueError(f"export.tolerance: expected points of top-1, 0 or more, got {self.tolerance}")
         if self.threads < 1:
             raise ValueError(f"export.threads: expected at least 1, got {self.threads}")
 

@@ -12,7 +12,7 @@ from torch import fx
 from callbacks import report
 from datamodules.evaluation import EvaluationData
 from deployment.exports import FILE, OnnxExport
-from deployment.parity import compare, expect_agreement, expect_parity, predictions
+from deployment.parity import compare, expect_parity, expect_same_top1, predictions
 from deployment.runtime import require
 from networks.teachers import Teacher
 
@@ -65,7 +65,7 @@ def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: Ev
         scores = predictions(student, exported, batches, threads=chosen.threads)
         job.record.add(export=found | {"worst": asdict(worst)} | asdict(scores))
         expect_parity(rows)
-        expect_agreement(scores, chosen.agreement)
+        expect_same_top1(scores, chosen.tolerance)
     report.console.print(
         f"{FILE}: {found['bytes'] / 1024:.0f} KiB, top-1 in onnxruntime {scores.top1:.2f} (student "
         f"{scores.student_top1:.2f}), every tensor within {worst.steps:.2g} steps",

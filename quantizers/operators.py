@@ -170,10 +170,9 @@ def _pads_with_other_values(node: fx.Node) -> bool:
     if "pad" not in str(getattr(node.target, "__name__", node.target)):
         return False
     mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
-    return mode == "constant" and node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None) not in (
-        None,
-        0,
-    )
+    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+    zeros = value is None or (isinstance(value, int | float) and float(value) == 0.0)
+    return str(mode) == "constant" and not zeros
 
 
 def _pads_below_zero(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deployment.onnx_export import Exported, export_onnx
-from deployment.parity import ParityError, compare, expect_agreement, expect_parity, predictions
+from deployment.parity import ParityError, Predictions, compare, expect_parity, expect_same_top1, predictions
 from deployment.runtime import session
 from tests.deployment.students import LAYER, SIZE, net, noise, student_of
 
@@ -65,12 +65,32 @@ def test_predictions_are_counted() -> None:
     assert found.images == 60
     assert found.student_top1 == pytest.approx(75)
     assert found.agreement >= 98
-    expect_agreement(found, 95.0)
+    expect_same_top1(found, 0.0)
     replaced(exported, "fc.bias", constants(exported.model)["fc.bias"] + np.array([0, 0, 9, 0, 0]))
-    with pytest.raises(ParityError, match="predict like the student on at least 95"):
-        expect_agreement(predictions(student, exported, [(images, labels)]), 95.0)
+    with pytest.raises(ParityError, match=r"expected the student's top-1 on 60 images, 75\.00"):
+        expect_same_top1(predictions(student, exported, [(images, labels)]), 0.1)
     with pytest.raises(ValueError, match="at least one labelled image"):
         predictions(student, exported, [])
+
+
+@pytest.mark.parametrize(
+    ("top1", "agreement", "same"),
+    [
+        (80.0, 100.0, True),
+        (80.2, 99.8, True),
+        (82.0, 96.0, True),
+        (84.0, 96.0, True),
+        (87.0, 93.0, True),
+        (87.0, 99.0, False),
+    ],
+)
+def test_more_than_chance_does_is_a_difference(top1: float, agreement: float, same: bool) -> None:
+    found = Predictions(images=100, top1=top1, student_top1=0.0, rounded_top1=80.0, agreement=agreement)
+    if same:
+        expect_same_top1(found, 0.1)
+    else:
+        with pytest.raises(ParityError, match=r"within 0\.1 points, got 87\.00"):
+            expect_same_top1(found, 0.1)
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4)])

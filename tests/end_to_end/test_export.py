@@ -61,7 +61,7 @@ def test_what_is_exported_does_not_change_what_a_run_is_called(tmp_path: Path) -
         ("export.container=int3", "expected one of auto, int8, int4, int2"),
         ("export.opset=13", r"export\.opset: expected at least 21"),
         ("export.compared=-1", r"export\.compared"),
-        ("export.agreement=101", r"export\.agreement"),
+        ("export.tolerance=-0.1", r"export\.tolerance"),
         ("export.threads=0", r"export\.threads"),
     ],
 )
