@@ -46,8 +46,9 @@ class Exported:
     float_biases: dict[str, str]
     weight_bytes: int
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the model, by a temporary name and a rename."""
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(self.model.SerializeToString())

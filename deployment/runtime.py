@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
 
-# U8S8 products saturate 16 bits on CPUs with AVX2 but no VNNI; with this the kernels widen the weights instead.
-EXACT_ON_AVX2 = ("session.x64quantprecision", "1")
+# On x86 without VNNI, sums of two products of unsigned and signed bytes saturate at 16 bits. With this, weights of more
+# than 7 bits become unsigned instead, which is exact and on other processors needlessly slow.
+EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def require(package: str) -> Any:
@@ -22,6 +25,12 @@ def require(package: str) -> Any:
         raise ValueError(
             f"export: expected the package {package}, which cannot be imported ({error}); pip install calibrant[export]"
         ) from error
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor says that it multiplies bytes exactly; False where that is not known."""
+    return CPUINFO.exists() and "vnni" in CPUINFO.read_text()
 
 
 def session(
@@ -39,7 +48,8 @@ def session(
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors: warnings speak of initializers that fusing has made superfluous
-    options.add_session_config_entry(*EXACT_ON_AVX2)
+    if not has_vnni():
+        options.add_session_config_entry(*EXACT_WITHOUT_VNNI)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     if profile is not None:

@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             version = made.removeprefix(FAMILY)
             if made.startswith(FAMILY) and version.isdigit() and int(version) > VERSION:
                 raise ValueError(
-                    f"student file: {path} is of version {version}, made by a newer calibrant, and this one reads up to "
+                    f"student file: {path} is of version {version}, made by a newer calibrant; this one reads up to "
                     f"{VERSION}; pip install --upgrade calibrant"
                 )
             if made != FORMAT:
