@@ -1,4 +1,4 @@
-"""Rows of the deployment benchmark: the run's columns, what the export measured, latencies; measured again, replaced."""
+"""Rows of the deployment benchmark: columns of the run, of its export, of latency; measured again, replaced."""
 
 from __future__ import annotations
 

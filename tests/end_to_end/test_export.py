@@ -46,6 +46,15 @@ def test_a_run_fails_where_the_runtime_disagrees(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "student.safetensors").exists()
 
 
+def test_a_finished_run_is_exported_later_with_its_accuracy(tmp_path: Path) -> None:
+    run_job(composed(QUICK, tmp_path / "first"))
+    run_job(composed([*QUICK, f"evaluate={tmp_path / 'first'}", "export=onnx"], tmp_path / "second"))
+    facts = json.loads((tmp_path / "second" / "record.json").read_text())
+    assert facts["export"]["agreement"] == 100
+    assert (tmp_path / "second" / "model.onnx").exists()
+    assert not (tmp_path / "first" / "model.onnx").exists()
+
+
 def test_what_is_exported_does_not_change_what_a_run_is_called(tmp_path: Path) -> None:
     hashes = []
     for export in ("none", "onnx"):
