@@ -1,4 +1,4 @@
-"""Calibrant's main job, in order: teacher, student, images, widths, ranges, reconstruction, corrections, score.
+"""Calibrant's main job: teacher, student, images, widths, ranges, reconstruction, corrections, score, export.
 
 python run.py                    the embedded example
 python run.py --help             groups, options, examples
@@ -22,6 +22,7 @@ from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
 from lightning_modules.allocation import FILE, known_bits
+from lightning_modules.exporting import chosen_export, export_student
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
@@ -76,6 +77,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
         metrics = evaluate(job, networks | {"quantized": conversion.student}, reference)
         conclude(job, teacher, conversion, metrics)
+        export_student(job, teacher, conversion.student, reference.data)
     return metrics
 
 
@@ -88,6 +90,7 @@ def expect_possible(job: Job) -> None:
         )
     job.allocation.expect_images(job.source.origin)
     job.corrections.expect_images(job.source.origin)
+    chosen_export(job)
     shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")
     if shares < 1 or (shares > 1 and learned and job.cfg.reconstruction.schedule != "parallel"):
         raise ValueError(

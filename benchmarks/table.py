@@ -49,8 +49,8 @@ IDENTITY = (
     "corrections",
     "test_images",
 )
-PLACES = ("paths.", "logger.", "show.", "data.root", "hydra.", "hydra/", "callbacks.")
-ASIDE = ("data", "paths", "logger", "callbacks", "hydra", "experiment", "sweep", "debug", "local")
+PLACES = ("paths.", "logger.", "show.", "data.root", "hydra.", "hydra/", "callbacks.", "export.")
+ASIDE = ("data", "paths", "logger", "callbacks", "export", "hydra", "experiment", "sweep", "debug", "local")
 ELSEWHERE = (  # what has a column of its own, says where files are, or changes no number
     "bits.weight",
     "bits.activation",

@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy")
+PACKAGES = (
+    "calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy", "onnx",
+    "onnxruntime",
+)  # fmt: skip
 
 # What says where and how a run is watched, not what it computes.
 UNHASHED = (
     "share_synthesis", "share_reconstruction", "paths", "logger", "callbacks", "resume", "evaluate", "show", "tags",
+    "export",
 )  # fmt: skip
 
 

@@ -5,29 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from quantizers.layer import ActivationSite, QuantizedLayer
+from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of
 
-FORMAT = "calibrant student 1"
-SWITCHED_OFF = "switched_off"
+FAMILY, VERSION = "calibrant student ", 1  # a reader knows its own version and those before
+FORMAT = f"{FAMILY}{VERSION}"
+SWITCHED_OFF, GRIDS = "switched_off", "grids"
 
 
 def save_student(student: nn.Module, path: Path, facts: Mapping[str, str]) -> Path:
     """Write the student's state (float weights, roundings, scales, zero points) and `facts` as metadata.
 
-    Also which parts are switched off: a tensor that no calibration image reached stays in float. The file appears
-    whole: it is written under a temporary name and renamed.
+    Also the grid of each quantizer, and which parts are switched off: a tensor that no calibration image reached stays
+    in float. The file appears whole: it is written under a temporary name and renamed.
     """
     state = {key: value.detach().cpu().clone().contiguous() for key, value in student.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     off = json.dumps([path for path, part in _switches(student).items() if not part.enabled])
-    save_file(state, temporary, metadata={"format": FORMAT, SWITCHED_OFF: off, **facts})
+    metadata = {"format": FORMAT, SWITCHED_OFF: off, GRIDS: json.dumps(_grids(student))}
+    save_file(state, temporary, metadata=metadata | dict(facts))
     temporary.replace(path)
     return path
 
@@ -43,34 +46,65 @@ def load_student(student: nn.Module, path: Path, expected: Mapping[str, str] | N
     Raises:
         ValueError: if the file is missing, corrupt, of another format, made for another network, or if a fact differs.
     """
-    if not path.exists():
-        raise ValueError(f"student file: expected {path}, which does not exist; a finished run leaves it in its folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"student file: {path} is not a readable safetensors file ({error})") from error
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"student file: expected format {FORMAT!r}, got {facts.get('format')!r} in {path}")
+    facts, state = _read(path)
     for key, value in (expected or {}).items():
         if facts.get(key) != value:
             raise ValueError(f"student file: {key} is {facts.get(key)!r} in {path}, but {value!r} here")
-    own = student.state_dict()
-    switches, off = _switches(student), json.loads(facts.get(SWITCHED_OFF, "[]"))
+    own, switches = student.state_dict(), _switches(student)
+    off, grids = _listed(facts, SWITCHED_OFF, "[]", path), _listed(facts, GRIDS, "null", path)
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    shared = sorted(own.keys() & state.keys())
+    shapes = [k for k in shared if (own[k].shape, own[k].dtype) != (state[k].shape, state[k].dtype)]
     surplus += [path for path in off if path not in switches]
     if missing or surplus or shapes:
         raise ValueError(
             f"student file: {path} does not fit this student (missing {missing[:3]}, unexpected {surplus[:3]}, other "
-            f"shapes {shapes[:3]}); use the configuration it was made with"
+            f"shapes or types {shapes[:3]}); use the configuration it was made with"
         )
+    for name, grid in _grids(student).items():
+        if grids is not None and grids.get(name) != grid:
+            raise ValueError(
+                f"student file: the grid of {name} is {grids.get(name)} in {path}, but {grid} here (bits, signed, "
+                "symmetric); use the bits and protocol it was made with"
+            )
     with torch.no_grad():
         student.load_state_dict(state)
     for name, part in switches.items():
         part.enabled = name not in off
     return facts
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Facts and tensors of a student file; safetensors holds numbers and text only, so nothing is ever executed."""
+    if not path.exists():
+        raise ValueError(f"student file: expected {path}, which does not exist; a finished run leaves it in its folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            made = facts.get("format", "")
+            version = made.removeprefix(FAMILY)
+            if made.startswith(FAMILY) and version.isdigit() and int(version) > VERSION:
+                raise ValueError(
+                    f"student file: {path} is of version {version}, made by a newer calibrant; this one reads up to "
+                    f"{VERSION}; pip install --upgrade calibrant"
+                )
+            if made != FORMAT:
+                raise ValueError(f"student file: expected format {FORMAT!r}, got {made or None!r} in {path}")
+            return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"student file: {path} is not a readable safetensors file ({error})") from error
+
+
+def _listed(facts: Mapping[str, str], key: str, missing: str, path: Path) -> Any:
+    try:
+        return json.loads(facts.get(key, missing))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"student file: {key} in the metadata of {path} is corrupt ({error})") from error
+
+
+def _grids(student: nn.Module) -> dict[str, list[Any]]:
+    """Bits, signed, symmetric of each quantizer: the shapes of a student are the same for other widths."""
+    return {path: [q.grid.bits, q.grid.signed, q.grid.symmetric] for path, q in quantizers_of(student)}
 
 
 def _switches(student: nn.Module) -> dict[str, QuantizedLayer | ActivationSite]:

@@ -17,7 +17,7 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     """The configuration and output folder to use.
 
     `resume` takes configuration and folder of the killed run; `evaluate` takes the configuration of the finished one
-    and writes to a folder of its own, so that the finished run stays as it is.
+    and writes to a folder of its own, so that the finished run stays as it is; what it exports is chosen anew.
 
     Raises:
         ValueError: if both are given, the folder holds no saved run, or other overrides came along.
@@ -32,7 +32,8 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     saved = folder / ".hydra" / "config.yaml"
     if not saved.exists():
         raise ValueError(f"{key}: expected the folder of an earlier run (with .hydra/config.yaml), got {folder}")
-    others = [o for o in overrides() if not o.startswith((f"{key}=", "hydra.", "hydra/"))]
+    allowed = (f"{key}=", "hydra.", "hydra/", *(("export=", "export.") if key == "evaluate" else ()))
+    others = [o for o in overrides() if not o.startswith(allowed)]
     if others:
         raise ValueError(f"{key}: the saved configuration is used as it is; drop the other overrides {others}")
     loaded = OmegaConf.load(saved)
@@ -42,6 +43,8 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
         raise ValueError(f"{key}: {folder} itself only went on with another run; name that one: {key}={pointed}")
     loaded.resume, loaded.evaluate = None, None
     loaded[key] = str(folder)
+    if key == "evaluate":
+        loaded.export = cfg.get("export", {})
     output = folder if key == "resume" else own
     loaded.paths.output = str(output)
     return loaded, output

@@ -106,6 +106,7 @@ class Quantizer(nn.Module, ABC):
                 f"zero_point: expected integers from {self.grid.low} to {self.grid.high}, "
                 f"got {float(zero_point.min())} to {float(zero_point.max())}"
             )
+        scale, zero_point = self.range.settle(scale, zero_point, self.grid)
         self.scale.copy_(scale.flatten().expand(self.scale.numel()).view_as(self.scale))
         self.zero_point.copy_(zero_point.flatten().expand(self.scale.numel()).view_as(self.scale))
 
@@ -126,7 +127,13 @@ class Quantizer(nn.Module, ABC):
                 f"factor: expected positive and finite, got {float(factor.min())} to {float(factor.max())}"
             )
         factor = factor.view_as(self.scale).to(self.scale)
-        self.scale.mul_(factor)
+        moved = self.scale * factor
+        if not torch.equal(self.range.settle(moved, self.zero_point, self.grid)[0], moved):
+            raise ValueError(
+                "factor: expected powers of two, as the scales are (protocol.power_of_two), got "
+                f"{float(factor.min())} to {float(factor.max())}; leave out the correction that rescales channels"
+            )
+        self.scale.copy_(moved)
         self.rescale_state(factor)
 
     def rescale_state(self, factor: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantizers.base import Quantizer
+from quantizers.constraints import constrained
 from quantizers.fold import fold
 from quantizers.layer import ActivationSite, QuantizedLayer, output_first
 from quantizers.operators import Operators
@@ -70,6 +71,7 @@ def convert(
     reference, opaque, norms = folded
     student = copy.deepcopy(reference)
     assert [n.name for n in student.graph.nodes] == [n.name for n in reference.graph.nodes]
+    weight, activation = constrained(protocol, weight, activation)
     decided = plan(student, protocol, bits, allocation, opaque)
     left_float = dict(_weights_of_functions(student, opaque))
     left_float |= _weights_read_by_parents(student, example, [p for p in decided.layers if p.inside is not None])

@@ -27,6 +27,12 @@ TRANSPARENT = _names(
     "channelgather pixelshuffle pixelunshuffle upsample upsamplingnearest2d upsamplingbilinear2d interpolate pad "
     "zeropad2d"
 )
+# Every value they give is one they were given, or a zero: on the grid if its input is.
+REARRANGING = TRANSPARENT - _names(
+    "avgpool1d avgpool2d avgpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d mean upsample interpolate "
+    "upsamplingbilinear2d"
+)
+CLIPS = _names("relu relu6 hardtanh clamp clip clampmin")  # runtimes join them to the operator before
 _SEVERAL = _names("chunk split tensorsplit unbind")  # give a tuple of parts of their input
 _NON_NEGATIVE = _names("relu relu6 sigmoid hardsigmoid softmax softmax2d softplus abs exp square sqrt rsqrt")
 _ELEMENTWISE = _names(
@@ -96,6 +102,26 @@ class Operators:
             node = source
         return node
 
+    def source(self, node: fx.Node) -> fx.Node:
+        """The node whose values `node` holds in another place: walks back through rearranging alone."""
+        while (source := self.rearranged(node)) is not None:
+            node = source
+        return node
+
+    def rearranged(self, node: fx.Node) -> fx.Node | None:
+        """What `node` only rearranges, or None if it computes something."""
+        if self.name(node) not in REARRANGING or node.target in self.opaque or _pads_with_other_values(node):
+            return None
+        source = _first_input(node)
+        tensor = source is not None and (source.meta["is_tensor"] or self.name(source) in _SEVERAL)
+        return source if tensor else None
+
+    def computes(self, node: fx.Node) -> bool:
+        """Whether it makes new values of tensors, other than by clipping: what runtimes have a kernel for."""
+        if node.op in ("placeholder", "get_attr", "output") or not node.meta["is_tensor"]:
+            return False
+        return self.rearranged(node) is None and (self.name(node) not in CLIPS or node.target in self.opaque)
+
     def non_negative(self, node: fx.Node) -> bool:
         """Whether the operators alone make sure that no value is below zero."""
         if node not in self._signs:
@@ -138,6 +164,15 @@ def _lower_bound(node: fx.Node, module: nn.Module | None) -> float:
         return float(getattr(module, "min_val", -1.0))
     bound = next((node.kwargs[k] for k in ("min", "min_val") if k in node.kwargs), (*node.args, None, None)[1])
     return float(bound) if isinstance(bound, int | float) else -1.0
+
+
+def _pads_with_other_values(node: fx.Node) -> bool:
+    if "pad" not in str(getattr(node.target, "__name__", node.target)):
+        return False
+    mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+    zeros = value is None or (isinstance(value, int | float) and float(value) == 0.0)
+    return str(mode) == "constant" and not zeros
 
 
 def _pads_below_zero(node: fx.Node) -> bool:

@@ -144,22 +144,30 @@ class _Planner:
 
     def tensors(self) -> list[TensorPlan]:
         readers = self._readers()
-        chosen = (
-            [n for n in self.nodes if self.operators.is_activation(n)] if self.protocol.placement == "relu" else readers
-        )
+        if self.protocol.placement == "relu":
+            chosen = [n for n in self.nodes if self.operators.is_activation(n)]
+        else:
+            chosen = self._operands() if self.protocol.placement == "operands" else readers
         placed = {n for n in chosen if n.op != "get_attr" and n.meta["is_tensor"]}
         plans = [self._tensor(node, readers.get(node, [])) for node in self.nodes if node in placed]
         return [p for p in plans if p is not None]
+
+    def _operands(self) -> set[fx.Node]:
+        """All that operators read and that depends on the image, where it is computed."""
+        varying: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or varying & set(node.all_input_nodes):
+                varying.add(node)
+        read = {source for n in self.nodes if self.operators.computes(n) for source in n.all_input_nodes}
+        return {self.operators.source(node) for node in read} & varying
 
     def _readers(self) -> dict[fx.Node, list[fx.Node]]:
         """Tensor -> the layers that read it, seen from where the placement quantizes it."""
         readers: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             if self.operators.is_weighted(node):
-                source = node.all_input_nodes[0]
-                if self.protocol.placement != "layer_input":
-                    source = self.operators.producer(source)
-                readers.setdefault(source, []).append(node)
+                for source in self._seen(node.all_input_nodes[0]):
+                    readers.setdefault(source, []).append(node)
         return readers
 
     def _reached(self, node: fx.Node) -> list[fx.Node]:
@@ -178,11 +186,23 @@ class _Planner:
     def _is_placed(self, node: fx.Node) -> bool:
         return self.protocol.placement == "relu" and self.operators.is_activation(node)
 
+    def _seen(self, node: fx.Node) -> list[fx.Node]:
+        """Where the placement quantizes what a layer reads: with "operands" on both sides of a mean."""
+        placement, producer = self.protocol.placement, self.operators.producer(node)
+        if placement != "operands":
+            return [node if placement == "layer_input" else producer]
+        found = [self.operators.source(node)]
+        while found[-1] is not producer and found[-1].all_input_nodes:
+            found.append(self.operators.source(found[-1].all_input_nodes[0]))
+        return found
+
     def _tensor(self, node: fx.Node, readers: list[fx.Node]) -> TensorPlan | None:
         protocol = self.protocol
         layers = [path for reader in readers or self._reached(node) for path in self._paths(reader)]
         given = [self.allocation[path][1] for path in layers if path in self.allocation]
         bits = max(given) if given else self.bits.activation
+        if not readers and protocol.placement == "operands" and protocol.operand is not None:
+            bits = protocol.operand
         behind = {node} if node in self.heavy else self.before[node]
         if not behind:  # the image, or what is made of it without weights
             if protocol.image is None:

@@ -56,6 +56,10 @@ class Range(ABC):
     def observer(self, grid: Grid) -> Observer:
         """A fresh streaming estimator of the same range for a whole tensor."""
 
+    def settle(self, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What the quantizer takes of a scale and zero point, whoever chose them: here both as they are."""
+        return scale, zero_point
+
 
 class MinMax(Range):
     """The smallest and the largest value: nothing is clipped."""

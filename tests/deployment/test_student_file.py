@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deployment.student_file import load_student, save_student
 from quantizers.calibrate import calibrate_ranges
 from quantizers.layer import sites
+from tests.deployment.students import net, student_of
 from tests.quantizers.test_calibrate import Either, conversion
 
 
@@ -91,3 +93,57 @@ def test_what_was_off_before_is_as_in_the_file_afterwards(tmp_path: Path) -> Non
     next(sites(other))[1].enabled = False
     load_student(other, path)
     assert all(site.enabled for _, site in sites(other))
+
+
+def with_metadata(path: Path, **changes: str) -> Path:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | changes
+    save_file(load_file(path), path, metadata=metadata)
+    return path
+
+
+def test_a_file_of_a_newer_version_asks_for_an_update(tmp_path: Path) -> None:
+    path = save_student(network(), tmp_path / "student.safetensors", {})
+    with pytest.raises(ValueError, match=r"of version 2, made by a newer calibrant.*pip install --upgrade calibrant"):
+        load_student(network(), with_metadata(path, format="calibrant student 2"))
+    with pytest.raises(ValueError, match="expected format 'calibrant student 1', got 'calibrant student x'"):
+        load_student(network(), with_metadata(path, format="calibrant student x"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 64, b"{}", (2**40).to_bytes(8, "little") + b"{}"])
+def test_corrupt_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="student file: "):
+        load_student(network(), path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_student(network(), tmp_path)
+
+
+def test_corrupt_metadata(tmp_path: Path) -> None:
+    path = save_student(network(), tmp_path / "student.safetensors", {})
+    with pytest.raises(ValueError, match=r"switched_off in the metadata .* is corrupt"):
+        load_student(network(), with_metadata(path, switched_off="[1"))
+
+
+def test_other_bits_are_refused_though_all_shapes_fit(tmp_path: Path) -> None:
+    path = save_student(student_of(net(), (4, 4)), tmp_path / "student.safetensors", {})
+    load_student(student_of(net(), (4, 4)), path)
+    with pytest.raises(ValueError, match=r"grid of .* is \[4, False, False\] in .*, but \[3, False, False\] here"):
+        load_student(student_of(net(), (3, 4)), path)
+    with pytest.raises(ValueError, match=r"the grid of stem.weight_quantizer"):
+        load_student(student_of(net(), (4, 4), symmetric=True), path)
+
+
+def test_other_types_are_refused(tmp_path: Path) -> None:
+    path = save_student(network().half(), tmp_path / "student.safetensors", {})
+    with pytest.raises(ValueError, match=r"other shapes or types \['0.bias'"):
+        load_student(network(), path)
+
+
+def test_files_from_before_the_grids_were_kept_are_read(tmp_path: Path) -> None:
+    path = save_student(student_of(net()), tmp_path / "student.safetensors", {})
+    assert load_student(student_of(net()), with_metadata(path, grids="null"))["format"] == "calibrant student 1"

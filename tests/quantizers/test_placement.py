@@ -37,6 +37,8 @@ def weights(conversion: Conversion) -> dict[str, int]:
 
 BLOCKS = [f"layer{stage}_{block}_relu" for stage in range(1, 5) for block in range(2)]
 RELUS = ["relu", *(name for block in BLOCKS for name in (block, f"{block}_1"))]
+SUMMED = [f"{block}_conv2" for block in (f"layer{s}_{b}" for s in range(1, 5) for b in range(2))]
+SUMMED += [f"layer{stage}_0_downsample_0" for stage in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,12 @@ RELUS = ["relu", *(name for block in BLOCKS for name in (block, f"{block}_1"))]
         ("zeroq", 4, dict.fromkeys(RELUS, 3)),
         # the pooled tensors stand for the ReLU before them, the image is quantized
         ("all_layers", 4, {"x": 8, "maxpool": 3} | dict.fromkeys(RELUS[1:-1], 3) | {"flatten": 3}),
+        # both sides of every sum, and of the mean before the classifier
+        (
+            "onnxruntime",
+            8,
+            {"x": 8} | dict.fromkeys(RELUS, 3) | dict.fromkeys(SUMMED, 8) | {RELUS[-1]: 8, "avgpool": 8},
+        ),
     ],
 )
 def test_resnet18(protocol: str, ends: int, expected: dict[str, int]) -> None:
@@ -56,7 +64,9 @@ def test_resnet18(protocol: str, ends: int, expected: dict[str, int]) -> None:
     layers = [path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert weights(conversion) == dict.fromkeys(layers, 4) | {"conv1": ends, "fc": ends}
     rows = [r for r in conversion.report if r.kind == "activation"]
-    assert all(r.signed == (r.name == "x") for r in rows)  # all others come from ReLUs, through pooling or not
+    assert all(
+        r.signed == (r.name in ("x", *SUMMED)) for r in rows
+    )  # all others come from ReLUs, through pooling or not
     assert all(r.per_channel for r in conversion.report if r.kind == "weight")
     scopes = {r.name: r.scope for r in rows}
     if protocol != "all_layers":
@@ -79,6 +89,39 @@ def test_mobilenet_v2_quantizes_bottlenecks_where_layers_read_them() -> None:
     called = [(n.name, reference.get_submodule(str(n.target))) for n in reference.graph.nodes if n.op == "call_module"]
     assert set(tensors(converted(network, "zeroq"))) == {
         name for name, module in called if isinstance(module, nn.ReLU6)
+    }
+
+
+def test_operands_of_mobilenet_v2_are_quantized_and_clips_are_not_twice() -> None:
+    conversion = converted(torchvision.models.mobilenet_v2(weights=None), "onnxruntime")
+    found = tensors(conversion)
+    assert found["features_3_conv_2"] == 8  # read by a sum only
+    assert found["features_2_conv_2"] == 3  # read by a layer, too
+    assert found["features_18_2"] == found["adaptive_avg_pool2d"] == 8
+    # the convolution in front of a ReLU6 is not quantized by itself
+    assert not {"features_0_0", "features_1_conv_0_0"} & set(found)
+    assert all(r.symmetric for r in conversion.report if r.kind == "weight")
+
+
+def test_operands_behind_what_only_rearranges() -> None:
+    class Rearranged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.scale = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.max_pool2d(self.a(x), 2)
+            padded = nn.functional.pad(x[:, :, ::2], (1, 1))
+            return self.b(torch.sigmoid(padded) * self.scale) + nn.functional.pad(padded, (1, 1), value=1.0)[..., 1:-1]
+
+    # `a` stands for all that is cut from it; the constant is no activation; padding with ones is an operator
+    assert tensors(converted(Rearranged(), "onnxruntime")) == {
+        "x": 8,
+        "a": 8,
+        "sigmoid": 8,
+        "mul": 8,
+        "b": 8,
+        "pad_1": 8,
     }
 
 

@@ -1,0 +1,93 @@
+"""Accuracy, bytes and latency in onnxruntime, one row a run, into benchmarks/results/deployment.csv.
+
+    python run.py -m export=onnx protocol=brecq,onnxruntime bits=w8a8,w4a4 hydra.sweep.dir=multirun/deployment
+    python benchmarks/deployment.py multirun/deployment
+    python benchmarks/deployment.py multirun/deployment --layers       each layer by itself, into deployment_layers.csv
+
+Runs have to have been made with `export=onnx`. A row has the columns of every results file, then those of the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import RESULTS, read_rows
+from callbacks.report import as_rows, write_csv
+from callbacks.run_record import machine
+from lightning_modules.deployed import measure_saved
+
+SAME = ("network", "protocol", "w_bits", "a_bits", "weight", "activation", "seed", "container", "threads", "batch")
+
+
+def rows_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a run, and those of its layers."""
+    facts = json.loads((folder / "record.json").read_text())
+    export, row = facts["export"], facts["row"]
+    found = measure_saved(
+        folder, batch=options.batch, threads=options.threads, rounds=options.rounds, layers=options.layers
+    )
+    float_model, quantized = found.models
+    slowest = max(found.operators, key=lambda operator: operator.microseconds)
+    measured = {
+        "container": export["container"], "onnx_top1": round(export["top1"], 2),
+        "student_top1": round(export["student_top1"], 2), "rounded_bias_top1": round(export["rounded_top1"], 2),
+        "onnx_agreement": round(export["agreement"], 2), "worst_steps": round(export["worst"]["steps"], 3),
+        "float_bytes": found.bytes["float"], "onnx_bytes": found.bytes["quantized"],
+        "float_ms": round(float_model.milliseconds, 4), "onnx_ms": round(quantized.milliseconds, 4),
+        "speedup": round(quantized.speedup, 3), "batch": options.batch, "threads": options.threads,
+        "integer_convolutions": sum(o.operator == "QLinearConv" for o in found.operators),
+        "float_convolutions": sum(o.operator in ("Conv", "FusedConv") for o in found.operators),
+        "slowest_operator": f"{slowest.name} {slowest.operator}", "measured_on": machine(),
+    }  # fmt: skip
+    layers = [{"network": row["network"], "protocol": row["protocol"]} | layer for layer in as_rows(found.layers)]
+    return row | measured, [layer | {"batch": options.batch, "threads": options.threads} for layer in layers]
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]], same: tuple[str, ...]) -> list[dict[str, Any]]:
+    """`new` behind those of `old` that it does not measure again."""
+    keys = {tuple(str(row[key]) for key in same) for row in new}
+    kept = [row for row in old if tuple(str(row.get(key)) for key in same) not in keys]
+    columns = list(dict.fromkeys(key for row in (*kept, *new) for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in (*kept, *new)]
+
+
+def main() -> None:
+    """Measure, print, and replace these runs' rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a run, or a sweep of runs")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    parser.add_argument("--threads", type=int, default=1, help="inside an operator")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each model")
+    parser.add_argument("--layers", action="store_true", help="time each layer by itself as well")
+    options = parser.parse_args()
+    rows, layers = [], []
+    for record in sorted(options.folder.glob("**/record.json")):
+        if "top1" not in json.loads(record.read_text()).get("export", {}):
+            print(f"left out: {record.parent}: no compared export", file=sys.stderr)
+            continue
+        row, own = rows_of(record.parent, options)
+        rows.append(row)
+        layers += own
+        print(
+            f"{row['network']:18} {row['protocol']:12} W{row['w_bits']}A{row['a_bits']} {row['container']:5} "
+            f"top-1 {row['onnx_top1']:.2f} ({row['student_top1']:.2f})  {row['onnx_ms']:.3f} ms, "
+            f"float {row['float_ms']:.3f} ms, x {row['speedup']:.2f}, {row['onnx_bytes'] // 1024} KiB",
+            flush=True,
+        )
+    if not rows:
+        raise SystemExit(f"no exported run below {options.folder}; make one with export=onnx")
+    path = RESULTS / "deployment.csv"
+    write_csv(path, merged(read_rows(path), rows, SAME))
+    if layers:
+        same = ("network", "protocol", "layer", "w_bits", "a_bits", "batch", "threads")
+        distinct = list({tuple(str(row[key]) for key in same): row for row in layers}.values())
+        path = RESULTS / "deployment_layers.csv"
+        write_csv(path, merged(read_rows(path), distinct, same))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The console command `calibrant`: the main job, and what is done with a finished run.
+
+calibrant [overrides]                 the main job, as `python run.py`
+calibrant export <run folder>         model.onnx beside the student, compared with it tensor by tensor
+calibrant evaluate <run folder>       score the student again, without calibrating
+calibrant benchmark <run folder>      bytes and latency, float against quantized, in onnxruntime
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import run
+from callbacks import report
+from deployment.containers import Container
+from deployment.exports import OnnxExport
+from lightning_modules.deployed import export_saved, measure_saved
+
+
+def export(arguments: Sequence[str]) -> None:
+    """`calibrant export`."""
+    parser = _parser("export", "Write the student of a run as ONNX and compare it in onnxruntime.")
+    parser.add_argument("--container", choices=get_args(Container), default="auto", help="see docs/deployment.md")
+    parser.add_argument("--opset", type=int, help="the lowest that has the container's types if left out")
+    parser.add_argument("--compared", type=int, default=16, help="noise images to compare on; 0: do not compare")
+    parser.add_argument("--output", type=Path, help="model.onnx in the run's folder if left out")
+    given = parser.parse_args(arguments)
+    chosen = OnnxExport(container=given.container, opset=given.opset, compared=given.compared)
+    path, rows = export_saved(given.folder, chosen, given.output)
+    worst = max((row.steps for row in rows), default=0.0)
+    parity = f"every tensor within {worst:.2g} steps of the student" if rows else "not compared"
+    report.console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, {parity}", highlight=False)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """`calibrant evaluate`: the main job with `evaluate=`."""
+    folder, *others = arguments or ["--help"]
+    if folder.startswith("-"):
+        _parser("evaluate", "Score the student of a run again.").parse_args([folder])
+    sys.argv[1:] = [f"evaluate={folder}", *others]
+    run.main()
+
+
+def benchmark(arguments: Sequence[str]) -> None:
+    """`calibrant benchmark`."""
+    parser = _parser("benchmark", "Time float network and student in onnxruntime, in turns, warm, medians.")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    parser.add_argument("--threads", type=int, default=1, help="inside an operator")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each model")
+    given = parser.parse_args(arguments)
+    found = measure_saved(given.folder, batch=given.batch, threads=given.threads, rounds=given.rounds)
+    models = [row | {"bytes": found.bytes[row["model"]]} for row in report.as_rows(found.models)]
+    title = f"batch {given.batch}, {given.threads} threads"
+    report.show_rows(title, models, show=True, path=given.folder / "latency.csv")
+    operators = report.as_rows(sorted(found.operators, key=lambda row: -row.microseconds))
+    report.show_rows("slowest operators", operators[:10], show=True)
+    report.write_csv(given.folder / "operators.csv", operators)
+    report.show_rows("layers", report.as_rows(found.layers), show=False, path=given.folder / "layers.csv")
+    report.console.print(f"latency.csv, operators.csv, layers.csv in {given.folder}", highlight=False)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"export": export, "evaluate": evaluate, "benchmark": benchmark}
+
+
+def main() -> None:
+    """A command where the first word is one, else the main job."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word not in COMMANDS:
+        run.main()
+        return
+    try:
+        COMMANDS[word](sys.argv[2:])
+    except ValueError as error:
+        raise SystemExit(f"calibrant {word}: {error}") from error
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"calibrant {name}", description=description)
+    parser.add_argument("folder", type=Path, help="of a finished run")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""How long models take in onnxruntime: in turns within one run, warm, medians; each operator, and each layer by itself.
+
+Only ratios of one run say anything: the same machine, the same minutes, as many threads. Integer kernels depend on the
+shape of a layer and on the processor, not on the bits below 8.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deployment.onnx_export import INPUT, export_onnx
+from deployment.onnx_values import facts_of
+from deployment.runtime import session
+from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
+from quantizers.operators import CLIPS, Operators
+
+FLOAT = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """`milliseconds`: median of a call; `speedup`: how many times faster than the first model, median over rounds."""
+
+    model: str
+    milliseconds: float
+    speedup: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorTime:
+    """One operator of the graph as the runtime fused it; `microseconds`: median of a call."""
+
+    name: str
+    operator: str
+    microseconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """One layer by itself: its kernel at these bits (32 is float), and how long it takes, median of a call."""
+
+    layer: str
+    w_bits: int
+    a_bits: int
+    kernel: str
+    microseconds: float
+
+
+def latencies(
+    models: Mapping[str, Path | bytes], images: Tensor, *, threads: int = 1, rounds: int = 9, seconds: float = 0.3
+) -> list[Latency]:
+    """Runs the models in turns on the same images (N, C, H, W).
+
+    Args:
+        models: by name; speedups refer to the first.
+        images: one batch.
+        threads: inside an operator.
+        rounds: turns of each model; an odd number.
+        seconds: length of a turn, at least three calls; the first call of a turn warms up and does not count.
+    """
+    if not models or rounds < 1:
+        raise ValueError(f"models, rounds: expected at least one model and one round, got {len(models)} and {rounds}")
+    feed = {INPUT: images.numpy()}
+    sessions = {name: session(model, threads=threads) for name, model in models.items()}
+    turns: dict[str, list[float]] = {name: [] for name in models}
+    calls: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, run in sessions.items():
+            times = _turn(run, feed, seconds)
+            turns[name].append(statistics.median(times))
+            calls[name] += times
+    first = turns[next(iter(models))]
+    return [
+        Latency(
+            model=name,
+            milliseconds=1e3 * statistics.median(calls[name]),
+            speedup=statistics.median(a / b for a, b in zip(first, turns[name], strict=True)),
+        )
+        for name in models
+    ]
+
+
+def _turn(run: Any, feed: dict[str, Any], seconds: float) -> list[float]:
+    run.run(None, feed)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        run.run(None, feed)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def operator_times(model: Path | bytes, images: Tensor, *, threads: int = 1, calls: int = 20) -> list[OperatorTime]:
+    """The runtime's own profile, in order of execution; the first quarter of the calls warms up."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = session(model, threads=threads, profile=Path(folder) / "profile")
+        for _ in range(calls):
+            run.run(None, {INPUT: images.numpy()})
+        events = json.loads(Path(run.end_profiling()).read_text())
+    suffix, seen = "_kernel_time", {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(suffix):
+            key = event["name"].removesuffix(suffix), event["args"]["op_name"]
+            seen.setdefault(key, []).append(event["dur"])
+    return [
+        OperatorTime(name=name, operator=operator, microseconds=statistics.median(times[len(times) // 4 :]))
+        for (name, operator), times in seen.items()
+    ]
+
+
+def layer_times(
+    student: fx.GraphModule, input_size: tuple[int, ...], *, batch: int = 1, threads: int = 1, calls: int = 40
+) -> list[LayerTime]:
+    """Every layer by itself, in float and as the student has it: a table for choosing bits by time.
+
+    The time is that of the kernel alone, in a model of that layer: quantized input, layer, quantized output where the
+    student has them. A layer that is called several times has a row for each input size.
+    """
+    operators, facts = Operators(student), facts_of(student, input_size)
+    rows: dict[tuple[str, tuple[int | None, ...]], list[LayerTime]] = {}
+    for node in student.graph.nodes:
+        if not isinstance(operators.module(node), (QuantizedLayer, *WEIGHTED)):
+            continue
+        alone, source = _alone(student, node, operators)
+        shape = facts[source].shape
+        assert shape is not None
+        if (str(node.target), shape) not in rows:
+            size = tuple(int(s or batch) for s in shape[1:])
+            rows[str(node.target), shape] = _timed(alone, str(node.target), size, batch, threads, calls)
+    return [row for found in rows.values() for row in found]
+
+
+def _alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tuple[fx.GraphModule, fx.Node]:
+    """The layer with the sites around it, pooling and reshaping left out, and the node whose result it takes."""
+    source = node.all_input_nodes[0]
+    site = operators.source(source)
+    chain = [site, node] if isinstance(operators.module(site), ActivationSite) else [node]
+    reader = next(iter(node.users))
+    if operators.name(reader) in CLIPS:
+        chain.append(reader)
+        reader = next(iter(reader.users))
+    if isinstance(operators.module(reader), ActivationSite):
+        chain.append(reader)
+    graph = fx.Graph()
+    last = graph.placeholder("x")
+    for link in chain:
+        last = graph.node_copy(link, lambda _, last=last: last)
+    graph.output(last)
+    return fx.GraphModule(student, graph), source
+
+
+def _timed(
+    alone: fx.GraphModule, path: str, size: tuple[int, ...], batch: int, threads: int, calls: int
+) -> list[LayerTime]:
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    quantized = _kernel(alone, images, threads, calls)
+    with float_mode(alone):
+        floating = _kernel(alone, images, threads, calls)
+    layer = alone.get_submodule(path)
+    w_bits = layer.weight_quantizer.grid.bits if isinstance(layer, QuantizedLayer) else FLOAT
+    first = next(n for n in alone.graph.nodes if n.op == "call_module")
+    site = alone.get_submodule(str(first.target))
+    a_bits = site.quantizer.grid.bits if isinstance(site, ActivationSite) and site.enabled else FLOAT
+    found = [(FLOAT, FLOAT, floating), (w_bits, a_bits, quantized)]
+    return [
+        LayerTime(layer=path, w_bits=w, a_bits=a, kernel=kernel.operator, microseconds=kernel.microseconds)
+        for w, a, kernel in found
+    ]
+
+
+def _kernel(alone: fx.GraphModule, images: Tensor, threads: int, calls: int) -> OperatorTime:
+    model = export_onnx(alone, tuple(images.shape[1:])).model.SerializeToString()
+    found = operator_times(model, images, threads=threads, calls=calls)
+    layers = [row for row in found if any(name in row.operator for name in ("Conv", "Gemm", "MatMul"))]
+    return max(layers or found, key=lambda row: row.microseconds)

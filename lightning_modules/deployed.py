@@ -1,0 +1,73 @@
+"""Finished runs on their way to a machine: export of a saved student, and how fast it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deployment.exports import FILE, OnnxExport
+from deployment.latency import Latency, LayerTime, OperatorTime, latencies, layer_times, operator_times
+from deployment.onnx_export import export_onnx
+from deployment.parity import TensorParity, compare, expect_parity
+from lightning_modules.saved_students import load_student_from
+from quantizers.layer import float_mode
+
+
+class Measured(NamedTuple):
+    """`models`: float first; `bytes` by model; `operators` of the quantized one; `layers` in float and quantized."""
+
+    models: list[Latency]
+    bytes: dict[str, int]
+    operators: list[OperatorTime]
+    layers: list[LayerTime]
+
+
+def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -> tuple[Path, list[TensorParity]]:
+    """Writes the student of a run as ONNX and compares every tensor on noise; no data are needed.
+
+    Args:
+        folder: of the run.
+        chosen: container, opset, number of images, threads.
+        output: None is `model.onnx` in the run's folder.
+
+    Raises:
+        ValueError: see `load_student_from`, `export_onnx`.
+        ParityError: where the runtime does not follow the student.
+    """
+    saved = load_student_from(folder)
+    facts = saved.metadata
+    exported = export_onnx(saved.network, saved.input_size, container=chosen.container, opset=chosen.opset, facts=facts)
+    path = exported.save(output or folder / FILE)
+    if not chosen.compared:
+        return path, []
+    images = torch.randn(chosen.compared, *saved.input_size, generator=torch.Generator().manual_seed(0))
+    rows = compare(saved.network, exported, images, threads=chosen.threads)
+    expect_parity(rows)
+    return path, rows
+
+
+def measure_saved(
+    folder: Path, *, batch: int = 1, threads: int = 1, rounds: int = 9, seconds: float = 0.3, layers: bool = True
+) -> Measured:
+    """Times float network and student of a run in turns; the run's own `model.onnx` where there is one.
+
+    Raises:
+        ValueError: see `load_student_from`; for a batch or a number of threads below 1.
+    """
+    if batch < 1 or threads < 1:
+        raise ValueError(f"batch, threads: expected at least 1 each, got {batch} and {threads}")
+    saved = load_student_from(folder)
+    with float_mode(saved.network):
+        models = {"float": export_onnx(saved.network, saved.input_size).model.SerializeToString()}
+    written = folder / FILE
+    quantized = written.read_bytes() if written.exists() else None
+    models["quantized"] = quantized or export_onnx(saved.network, saved.input_size).model.SerializeToString()
+    images = torch.randn(batch, *saved.input_size, generator=torch.Generator().manual_seed(0))
+    return Measured(
+        models=latencies(models, images, threads=threads, rounds=rounds, seconds=seconds),
+        bytes={name: len(model) for name, model in models.items()},
+        operators=operator_times(models["quantized"], images, threads=threads),
+        layers=layer_times(saved.network, saved.input_size, batch=batch, threads=threads) if layers else [],
+    )
