@@ -19,6 +19,7 @@ from callbacks import report
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
+from lightning_modules.fine_tuning import distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
@@ -56,14 +57,17 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         else:
             images = calibration_images(job, teacher)
             set_ranges(job, conversion, images)
-            learns = job.cfg.reconstruction.phases != "none"
+            learns = job.cfg.reconstruction.phases != "none" or distills(job)
             changes = learns or job.corrections.changes_students
             if job.cfg.score_nearest:
                 networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:
-                reconstruct(job, conversion, images, identity)
+                if distills(job):
+                    distill(job, teacher, conversion, images)
+                else:
+                    reconstruct(job, conversion, images, identity)
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
                 correct(job, teacher, conversion, images)
@@ -82,6 +86,7 @@ def expect_possible(job: Job) -> None:
             "reconstruction: expected none with calibration=none, which gives no images to reconstruct on, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
+    distills(job)
     job.corrections.expect_images(job.source.origin)
     shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")
     if shares < 1 or (shares > 1 and learned and job.cfg.reconstruction.schedule != "parallel"):

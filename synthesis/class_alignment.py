@@ -74,7 +74,7 @@ class ClassAlignment(nn.Module):
     """BNS-centralized and BNS-distorted loss of a batch of one class: means over the deep layers.
 
     C = mean_l [ MSE(m_l, mu_lc) + MSE(v_l, v_lc) ];  D the same against mu_lc + N(0, a), v_lc + N(0, b), the noise
-    drawn anew at each call. A class that is known but not trusted has pure noise, 2 N(0, 1), in the place of its moments.
+    drawn anew at each call. A class that is known but not trusted has pure noise, 2 N(0, 1), in place of its moments.
 
     Args:
         centres: of all layers, side by side as they are executed.
