@@ -158,6 +158,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "generator_steps": generator_steps(config["generator"]) if synthetic else None,
         "images_from_store": facts["images"]["from_store"],
         "recipe": named(choices.get("pipeline")),
+        "distillation": named(choices.get("distillation")),
     }
 
 

@@ -299,7 +299,7 @@ class DistillationModule(pl.LightningModule):
 
     @torch.no_grad()
     def panel(self, columns: int = 8) -> Tensor:
-        """(K * columns, C, H, W): what the generator makes of each class now, a row a class; the latents never change."""
+        """(K * columns, C, H, W): what the generator makes of each class now, a row a class; latents are fixed."""
         if self.generator is None:
             raise ValueError("panel: expected a generator, got none")
         classes = self.generator.classes
@@ -312,6 +312,8 @@ class DistillationModule(pl.LightningModule):
             self._write(terms)
 
     def _write(self, values: dict[str, Tensor]) -> None:
-        named = {f"{self.stage}/{name}": float(value) for name, value in values.items()} if self.trainer.loggers else {}
+        if not self.trainer.loggers:
+            return  # to read the numbers waits for the device
+        named = {f"{self.stage}/{name}": float(value.detach()) for name, value in values.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_modules.distillation import DistillationModule, Turns
 from lightning_modules.few_shot import FewShot
 from lightning_modules.fine_tuning import build_distillation
-from quantizers.layer import quantized_layers, quantizers_of, sites
+from quantizers.layer import quantized_layers, quantizers_of
 from quantizers.moving_average import MovingAverage
 from reconstruction.inundation import Inundation
 from reconstruction.learner import learning_rate
@@ -95,6 +95,12 @@ def state(module: DistillationModule) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
+def observe(student: nn.Module, observing: bool) -> None:
+    for _, quantizer in quantizers_of(student):
+        if isinstance(quantizer, MovingAverage):
+            quantizer.observing = observing
+
+
 def alignment_loss(teacher: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """CE(T(x), y) + 0.1 (1/L) sum_l [ MSE(m, mu) + MSE(v, sigma^2) ], with hooks of our own."""
     found: list[Tensor] = []
@@ -132,8 +138,7 @@ def test_agrees_with_a_plain_loop(teacher: nn.Module) -> None:
             adam.step()
             if epoch == 0:
                 continue
-            for _, site in sites(student):
-                site.quantizer.observing = epoch == 1
+            observe(student, epoch == 1)
             with torch.no_grad():
                 targets = teacher(x.detach())
             sgd.param_groups[0]["lr"] = 0.01 * learning_rate("cosine", total - 4, 8)
@@ -145,8 +150,7 @@ def test_agrees_with_a_plain_loop(teacher: nn.Module) -> None:
             sgd.step()
     for _, quantizer in quantizers_of(student):
         quantizer.harden()
-    for _, site in sites(student):
-        site.quantizer.observing = False
+    observe(student, False)
     expected = draws.state_dict()
     # biases before a normalisation have no gradient but rounding, which Adam enlarges: images tell
     torch.testing.assert_close(module.panel(2), draws.panel(2), rtol=1e-2, atol=1e-3)
