@@ -19,7 +19,7 @@ from callbacks import report
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
-from lightning_modules.fine_tuning import distill, distills
+from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
@@ -55,7 +55,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         if job.cfg.evaluate:
             load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
-            images = calibration_images(job, teacher)
+            images = add_generated(job, teacher, conversion, calibration_images(job, teacher))
             set_ranges(job, conversion, images)
             learns = job.cfg.reconstruction.phases != "none" or distills(job)
             changes = learns or job.corrections.changes_students

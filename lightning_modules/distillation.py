@@ -35,7 +35,7 @@ class Turns:
 
     Attributes:
         epochs: all of them.
-        warmup: the first ones, in which only the generator learns.
+        warmup: the first ones, in which only the generator learns; all of them where only its images are wanted.
         steps: of an epoch.
         range_epochs: after the warm-up, in which activation ranges move with the batches (activation=ema).
     """
@@ -46,9 +46,9 @@ class Turns:
     range_epochs: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.range_epochs < 0 or not 0 <= self.warmup < self.epochs:
+        if self.steps < 1 or self.range_epochs < 0 or not 0 <= self.warmup <= self.epochs:
             raise ValueError(
-                "epochs, warmup, steps, range_epochs: expected steps >= 1, range_epochs >= 0 and fewer epochs of "
+                "epochs, warmup, steps, range_epochs: expected steps >= 1, range_epochs >= 0 and no more epochs of "
                 f"warm-up than epochs, got {self.epochs}, {self.warmup}, {self.steps} and {self.range_epochs}"
             )
 
@@ -138,7 +138,8 @@ class DistillationModule(pl.LightningModule):
         self.register_buffer("best", torch.tensor([torch.inf, -1.0]))
         if generator is not None:
             generator.source.reset(seeded(seed, "source", 0))
-        learner.bind(student)
+        if turns.student_steps:
+            learner.bind(student)
         self.train()  # Lightning warns of modules in evaluation mode; `on_train_start` puts the student back
 
     @property
@@ -162,13 +163,13 @@ class DistillationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The generator's with its schedule, where there is one, and the student's, whose rate the learner sets."""
-        student = {"optimizer": self.learner.optimizer()}
+        student = [{"optimizer": self.learner.optimizer()}] if self.turns.student_steps else []
         if self.generator is None:
-            return [student]
+            return student
         made = self.generator.configure_optimizers()
         if not isinstance(made, dict):
-            return [{"optimizer": made}, student]
-        return [{"optimizer": made["optimizer"], "lr_scheduler": made["lr_scheduler"]["scheduler"]}, student]
+            return [{"optimizer": made}, *student]
+        return [{"optimizer": made["optimizer"], "lr_scheduler": made["lr_scheduler"]["scheduler"]}, *student]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Let the generator step its own kinds of schedule."""
@@ -210,7 +211,7 @@ class DistillationModule(pl.LightningModule):
             self._close(epoch)
 
     def _teach_generator(self, generator: GeneratorModule, epoch: int, step: int) -> tuple[Draft, dict[str, Tensor]]:
-        optimizer: Any = self.optimizers()[0]  # pyright: ignore[reportIndexIssue]
+        optimizer = self._optimizers[0]
         draft = generator.draft(epoch, step)
         terms = dict(draft.terms)
         if self.few_shot is not None:
@@ -227,9 +228,7 @@ class DistillationModule(pl.LightningModule):
 
     def _teach_student(self, draft: Draft | None, epoch: int, step: int) -> dict[str, Tensor]:
         done = (epoch - self.turns.warmup) * self.turns.steps + step
-        wrapped: Any = self.optimizers()
-        alone = self.generator is None
-        wrapped = wrapped if alone else wrapped[1]
+        wrapped, alone = self._optimizers[-1], self.generator is None
         optimizer = wrapped.optimizer
         for quantizer in self._averages:
             quantizer.observing = done < self.turns.range_epochs * self.turns.steps
@@ -243,6 +242,17 @@ class DistillationModule(pl.LightningModule):
         self.learner.step(optimizer, advance, done, self.turns.student_steps)
         self.losses[1] += loss.detach()
         return {f"student/{name}": term for name, term in terms.items()}
+
+    @torch.no_grad()
+    def generated(self, count: int) -> Tensor:
+        """(count, C, H, W): images of mixed classes, made in batches of the size that the generator learned with."""
+        made = self.generator
+        assert made is not None
+        size, batches = made.source.batch_size, []
+        for first in range(0, count, size):
+            labels = made.labels.draw(size, made.classes, seeded(self.seed, "image_labels", first)).to(self.device)
+            batches.append(made.source(seeded(self.seed, "images", first), labels))
+        return torch.cat(batches)[:count]
 
     @torch.no_grad()
     def _lesson(self, draft: Draft | None, epoch: int, step: int, done: int) -> Lesson:
@@ -280,6 +290,8 @@ class DistillationModule(pl.LightningModule):
         """Report, and leave a student that computes as deployed and in which nothing is learnable."""
         for quantizer in self._averages:
             quantizer.observing = False
+        if not self.turns.student_steps:
+            return
         for _, quantizer in quantizers_of(self.student):
             quantizer.harden()
         learned = sum(parameter.numel() for parameter in self.learner.parameters())
@@ -305,6 +317,11 @@ class DistillationModule(pl.LightningModule):
         classes = self.generator.classes
         labels = F.one_hot(torch.arange(classes).repeat_interleave(columns), classes).float().to(self.device)
         return self.generator.source(seeded(self.seed, "panel"), labels)
+
+    @property
+    def _optimizers(self) -> list[Any]:
+        found: Any = self.optimizers()
+        return found if isinstance(found, list) else [found]
 
     def _log(self, terms: dict[str, Tensor]) -> None:
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +16,7 @@ from datamodules.calibration import CalibrationImages
 from lightning_modules.distillation import DistillationModule, Turns
 from lightning_modules.few_shot import FewShot
 from lightning_modules.generator import GeneratorModule
+from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
 from reconstruction.inundation import Inundation
@@ -47,16 +50,23 @@ def build_distillation(
     inundation: Inundation | None = None,
     few_shot: Callable[..., FewShot] | None = None,
     view: View | None = None,
+    added_images: int = 0,
 ) -> DistillationModule:
     """Compose the fine-tuning of `conversion.student`; the parts are described at the classes that take them.
 
     `generator` is called as for images to calibrate on; its own number of steps gives way to that of the epochs.
-    `few_shot` is called with images and labels, where they are to be used.
+    `few_shot` is called with images and labels, where they are to be used. With `added_images` only the generator
+    learns, and that many of its images join those of the calibration.
 
     Raises:
         ValueError: if the parts do not go together.
     """
     turns = Turns(epochs=epochs, warmup=warmup, steps=steps, range_epochs=range_epochs)
+    if added_images < 0 or bool(added_images) == bool(turns.student_steps):
+        raise ValueError(
+            "added_images, warmup: expected images to add and warmup = epochs, or none and fewer epochs of warm-up, "
+            f"got {added_images} and {warmup} of {epochs} epochs"
+        )
     made = None
     if generator is not None:
         made = generator(
@@ -74,7 +84,7 @@ def build_distillation(
         turns=turns,
         learner=Learner(optimizer, learn=learn, schedule=schedule, inundation=inundation),
         loss=loss,
-        few_shot=None if few_shot is None else few_shot(images, labels, steps=turns.student_steps, seed=seed),
+        few_shot=None if few_shot is None else few_shot(images, labels, steps=max(turns.student_steps, 1), seed=seed),
         view=view,
         seed=seed,
     )
@@ -87,7 +97,7 @@ def distills(job: Job) -> bool:
         ValueError: if it is to be reconstructed too.
     """
     settings = job.cfg.get("distillation")  # a run of before there was fine-tuning has none
-    chosen = settings is not None and settings.epochs > 0
+    chosen = settings is not None and settings.epochs > settings.get("warmup", 0)
     if chosen and job.cfg.reconstruction.phases != "none":
         raise ValueError(
             "distillation: expected none, or reconstruction=none, since fine-tuning stands in its place, got phases "
@@ -96,8 +106,25 @@ def distills(job: Job) -> bool:
     return chosen
 
 
+def add_generated(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> CalibrationImages:
+    """The images, and those of a generator that was trained with them, if that is asked for: to reconstruct on."""
+    count = (job.cfg.get("distillation") or {}).get("added_images", 0)
+    if not count:
+        return images
+    module = _fit(job, teacher, conversion, images)
+    together = torch.cat([images.images, module.generated(count).float().cpu()])
+    digest = fingerprint({"images": together})
+    job.record.add(images=job.record.facts["images"] | {"count": len(together), "digest": digest, "added": count})
+    return dataclasses.replace(images, images=together, digest=digest, labels=None)
+
+
 def distill(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
-    """Fine-tune the student, in place, and draw what its generator makes of each class."""
+    """Fine-tune the student, in place."""
+    job.record.add(distillation=_fit(job, teacher, conversion, images).facts)
+
+
+def _fit(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> DistillationModule:
+    """Train, and draw what the generator makes of each class."""
     with job.stage("distill"):
         module: DistillationModule = instantiate(job.cfg.distillation)(
             conversion=conversion,
@@ -108,6 +135,6 @@ def distill(job: Job, teacher: Teacher, conversion: Conversion, images: Calibrat
             seed=job.cfg.seed,
         )
         job.fit(module, job.alone(**module.trainer_arguments()))
-    job.record.add(distillation=module.facts)
     if module.generator is not None and job.is_main:
         save_grid(module.panel(PANEL_COLUMNS), job.folder / "distillation.png", mean=teacher.mean, std=teacher.std)
+    return module

@@ -55,6 +55,15 @@ def test_fdda_takes_a_few_labelled_images_and_names_missing_classes(
     assert [entry["correction"] for entry in facts["corrections"]] == ["bn_reestimation"]
 
 
+def test_class_aware_images_are_reconstructed_on(tmp_path: Path) -> None:
+    chosen = ["distillation=fdda_images", "calibration=real", "calibration.count=10", "distillation.added_images=6"]
+    metrics, facts = job(tmp_path, *chosen, "distillation.warmup=3", "weight=adaround", "activation=lsq")
+    assert 0 <= metrics["test/quantized/top1"] <= 100
+    assert (facts["images"]["count"], facts["images"]["origin"], facts["images"]["added"]) == (16, "real", 6)
+    assert (tmp_path / "units.csv").exists()
+    assert facts["row"]["image_count"] == 16
+
+
 def test_fine_tuning_and_reconstruction_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distillation: expected none, or reconstruction=none"):
         job(tmp_path, "distillation=gdfq", "calibration=noise", "reconstruction=qdrop")

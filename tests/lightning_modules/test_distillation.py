@@ -318,6 +318,20 @@ def test_a_panel_has_a_row_for_each_class_and_changes_nothing(teacher: nn.Module
     assert all(torch.equal(value, before[key]) for key, value in state(module).items())
 
 
+def test_images_of_a_generator_alone_leave_the_student_as_it_was(teacher: nn.Module) -> None:
+    module = build(teacher, warmup=3, added_images=8, **FDDA)
+    before = state(module)
+    trainer(module).fit(module)
+    after = state(module)
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("student."))
+    assert any(not torch.equal(after[key], before[key]) for key in before if key.startswith("generator."))
+    x = module.generated(8)
+    assert x.shape == (8, *SIZE)
+    labels = F.one_hot(torch.randint(10, (6,), generator=seeded(3, "image_labels", 6)), 10).float()
+    assert module.generator is not None
+    assert torch.equal(x[6:], module.generator.source(seeded(3, "images", 6), labels)[:2])
+
+
 def test_divergence_is_named(teacher: nn.Module) -> None:
     module = build(teacher, optimizer=functools.partial(torch.optim.SGD, lr=1e38))
     with pytest.raises(RuntimeError, match="distillation: expected finite losses in epoch"):
@@ -333,7 +347,9 @@ def pixels(**arguments: Any) -> Any:
     [
         ({"generator": None}, "generator: expected one, or real images"),
         ({"generator": pixels}, "makes new images at every step, got Pixels"),
-        ({"warmup": 3}, "fewer epochs of warm-up than epochs"),
+        ({"warmup": 4}, "no more epochs of warm-up than epochs"),
+        ({"warmup": 3}, "added_images, warmup: expected"),
+        ({"added_images": 8}, "added_images, warmup: expected"),
         (FDDA | {"labels": None}, "labels: expected the class of every image"),
         (IMAGES | {"labels": None}, "loss.cross_entropy: expected 0"),
         (FDDA | {"images": torch.zeros(0, *SIZE)}, "images: expected at least one"),
