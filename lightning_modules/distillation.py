@@ -309,13 +309,18 @@ class DistillationModule(pl.LightningModule):
         if self.generator is not None:
             self.generator.alignment.teardown(stage)
 
+    @property
+    def has_panel(self) -> bool:
+        """Whether there is a generator to draw classes with."""
+        return self.generator is not None
+
     @torch.no_grad()
-    def panel(self, columns: int = 8) -> Tensor:
-        """(K * columns, C, H, W): what the generator makes of each class now, a row a class; latents are fixed."""
-        if self.generator is None:
-            raise ValueError("panel: expected a generator, got none")
+    def panel(self, columns: int = 8, rows: int = 10) -> Tensor:
+        """(rows * columns, C, H, W): what the generator makes of the first classes now; latents are fixed."""
+        assert self.generator is not None
         classes = self.generator.classes
-        labels = F.one_hot(torch.arange(classes).repeat_interleave(columns), classes).float().to(self.device)
+        shown = torch.arange(min(rows, classes)).repeat_interleave(columns)
+        labels = F.one_hot(shown, classes).float().to(self.device)
         return self.generator.source(seeded(self.seed, "panel"), labels)
 
     @property

@@ -27,7 +27,7 @@ from synthesis.views import View
 if TYPE_CHECKING:
     from lightning_modules.job import Job
 
-PANEL_COLUMNS = 8
+COLUMNS = 8  # of the picture: images a class
 
 
 def build_distillation(
@@ -135,6 +135,7 @@ def _fit(job: Job, teacher: Teacher, conversion: Conversion, images: Calibration
             seed=job.cfg.seed,
         )
         job.fit(module, job.alone(**module.trainer_arguments()))
-    if module.generator is not None and job.is_main:
-        save_grid(module.panel(PANEL_COLUMNS), job.folder / "distillation.png", mean=teacher.mean, std=teacher.std)
+    if module.has_panel and job.is_main:
+        path = job.folder / "distillation.png"
+        save_grid(module.panel(COLUMNS), path, mean=teacher.mean, std=teacher.std, columns=COLUMNS)
     return module

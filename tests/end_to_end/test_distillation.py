@@ -37,7 +37,8 @@ def test_gdfq_needs_no_image_and_reports_what_it_did(tmp_path: Path) -> None:
     assert facts["distillation"]["student_steps"] == 4
     assert set(facts["stages"]) == {"teacher", "convert", "images", "ranges", "distill", "evaluation"}
     with Image.open(tmp_path / "distillation.png") as panel:
-        assert panel.size[0] >= 8 * 28
+        assert panel.size[1] > panel.size[0] >= 8 * 28  # ten classes, eight images each
+    assert [path.name for path in (tmp_path / "classes").iterdir()] == ["epoch_0003.png"]
     (log,) = tmp_path.glob("**/metrics.csv")
     with log.open() as file:
         columns = next(csv.reader(file))
