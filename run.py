@@ -23,6 +23,7 @@ from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
 from lightning_modules.allocation import FILE, known_bits
 from lightning_modules.exporting import chosen_export, export_student
+from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
@@ -58,17 +59,20 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
         if job.cfg.evaluate:
             load_student(conversion.student, Path(job.cfg.evaluate) / STUDENT, identity)
         else:
-            images = calibration_images(job, teacher)
+            images = add_generated(job, teacher, conversion, calibration_images(job, teacher))
             conversion = allocate(job, teacher, conversion, images)
             set_ranges(job, conversion, images)
-            learns = job.cfg.reconstruction.phases != "none"
+            learns = job.cfg.reconstruction.phases != "none" or distills(job)
             changes = learns or job.corrections.changes_students
             if job.cfg.score_nearest:
                 networks["nearest"] = hardened_copy(conversion.student) if changes else conversion.student
             if job.cfg.resume and (job.folder / STUDENT).exists():
                 load_student(conversion.student, job.folder / STUDENT, identity)
             else:
-                reconstruct(job, conversion, images, identity)
+                if distills(job):
+                    distill(job, teacher, conversion, images)
+                else:
+                    reconstruct(job, conversion, images, identity)
                 if not job.is_main:
                     return {}  # the other processes of a shared reconstruction have done their part
                 correct(job, teacher, conversion, images)
@@ -89,6 +93,7 @@ def expect_possible(job: Job) -> None:
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
     job.allocation.expect_images(job.source.origin)
+    distills(job)
     job.corrections.expect_images(job.source.origin)
     chosen_export(job)
     shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")

@@ -43,6 +43,7 @@ IDENTITY = (
     "recipe",
     "allocation",
     "hardware",
+    "distillation",
     "seed",
     "weight",
     "activation",

@@ -18,11 +18,21 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def save_grid(
-    images: Tensor, path: Path, *, mean: Sequence[float], std: Sequence[float], count: int = 64, pixels: int = 800
+    images: Tensor,
+    path: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int = 64,
+    columns: int | None = None,
+    pixels: int = 800,
 ) -> Path:
-    """Draw the first `count` images (N, C, H, W) as a square grid in a PNG about `pixels` wide; returns its path."""
-    images = denormalise(images[:count].detach().float().cpu(), mean, std)
-    columns = max(1, round(len(images) ** 0.5))
+    """Draw the first `count` images (N, C, H, W) as a square grid in a PNG about `pixels` wide; returns its path.
+
+    With `columns` all images are drawn, that many in a row.
+    """
+    images = denormalise(images[: count if columns is None else None].detach().float().cpu(), mean, std)
+    columns = columns or max(1, round(len(images) ** 0.5))
     grid = make_grid(images, nrow=columns, padding=1, pad_value=1.0)
     zoom = max(1, pixels // grid.shape[-1])
     grid = grid.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)

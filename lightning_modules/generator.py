@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -41,6 +41,18 @@ CHECK_EVERY = 25  # steps between looks at the loss, each of which waits for the
 NO_BATCH = -1
 NO_STEP = -1
 SKIP_REST = -1  # what Lightning takes from on_train_batch_start as the end of an epoch
+
+
+class Draft(NamedTuple):
+    """One step of a source: the images as the network saw them, their labels (N, K), its logits (N, K) and moments, the
+    weighted terms by name and their sum."""
+
+    seen: Tensor
+    labels: Tensor
+    logits: Tensor
+    moments: Moments
+    terms: dict[str, Tensor]
+    loss: Tensor
 
 
 class GeneratorModule(pl.LightningModule):
@@ -257,21 +269,26 @@ class GeneratorModule(pl.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Return the loss of the present images; `batch` only counts."""
-        epoch = self.first_batch + self.current_epoch
-        labels = self._labels(epoch, batch_idx if self.labels.every_step else 0)
-        images = self.source(seeded(self.seed, "latent", epoch, batch_idx), labels)
-        moments, answer = self._ask(self._seen(images, epoch, batch_idx), labels, epoch, batch_idx)
+        draft = self.draft(self.first_batch + self.current_epoch, batch_idx)
+        self._note_bad(batch_idx, draft.moments)
+        if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
+            self._diverged()
+        self._log(draft.loss, draft.terms)
+        return draft.loss
+
+    def draft(self, epoch: int, step: int) -> Draft:
+        """Make the images of a step, and say what the network and the terms find; every draw is of (epoch, step)."""
+        labels = self._labels(epoch, step if self.labels.every_step else 0)
+        images = self.source(seeded(self.seed, "latent", epoch, step), labels)
+        seen = self._seen(images, epoch, step)
+        moments, answer = self._ask(seen, labels, epoch, step)
         with exactly(images):  # the networks may compute in half precision, terms never do
             terms = self.alignment.terms(moments, len(images)) | self.guides(answer.raised())
             for name, prior in self.priors.items():
-                terms[name] = prior(raised(images), seeded(self.seed, name, epoch, batch_idx))
+                terms[name] = prior(raised(images), seeded(self.seed, name, epoch, step))
             loss = torch.stack(list(terms.values())).sum()
         self.last_loss = loss.detach()
-        self._note_bad(batch_idx, moments)
-        if (batch_idx % CHECK_EVERY == 0 or batch_idx == self.steps - 1) and not self.last_loss.isfinite():
-            self._diverged()
-        self._log(loss, terms)
-        return loss
+        return Draft(seen, labels, answer.logits, moments, terms, loss)
 
     def _labels(self, epoch: int, step: int) -> Tensor:
         drawn = self.labels.draw(self.source.batch_size, self.classes, seeded(self.seed, "labels", epoch, step))

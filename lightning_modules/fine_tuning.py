@@ -1,0 +1,141 @@
+"""From `conf/distillation/*.yaml` to the fine-tuning stage, which stands in the place of reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from callbacks.sample_grid import save_grid
+from datamodules.calibration import CalibrationImages
+from lightning_modules.distillation import DistillationModule, Turns
+from lightning_modules.few_shot import FewShot
+from lightning_modules.generator import GeneratorModule
+from networks.fingerprint import fingerprint
+from networks.teachers import Teacher
+from quantizers.convert import Conversion
+from reconstruction.inundation import Inundation
+from reconstruction.learner import Learned, Learner, Schedule
+from reconstruction.student_loss import StudentLoss
+from synthesis.views import View
+
+if TYPE_CHECKING:
+    from lightning_modules.job import Job
+
+COLUMNS = 8  # of the picture: images a class
+
+
+def build_distillation(
+    *,
+    conversion: Conversion,
+    teacher: nn.Module,
+    input_size: tuple[int, int, int],
+    images: Tensor,
+    labels: Tensor | None,
+    seed: int,
+    epochs: int,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+    loss: StudentLoss,
+    generator: Callable[..., GeneratorModule] | None = None,
+    warmup: int = 0,
+    steps: int = 200,
+    range_epochs: int = 0,
+    learn: Sequence[Learned] = ("weights", "biases", "norms"),
+    schedule: Schedule = "cosine",
+    inundation: Inundation | None = None,
+    few_shot: Callable[..., FewShot] | None = None,
+    view: View | None = None,
+    added_images: int = 0,
+) -> DistillationModule:
+    """Compose the fine-tuning of `conversion.student`; the parts are described at the classes that take them.
+
+    `generator` is called as for images to calibrate on; its own number of steps gives way to that of the epochs.
+    `few_shot` is called with images and labels, where they are to be used. With `added_images` only the generator
+    learns, and that many of its images join those of the calibration.
+
+    Raises:
+        ValueError: if the parts do not go together.
+    """
+    turns = Turns(epochs=epochs, warmup=warmup, steps=steps, range_epochs=range_epochs)
+    if added_images < 0 or bool(added_images) == bool(turns.student_steps):
+        raise ValueError(
+            "added_images, warmup: expected images to add and warmup = epochs, or none and fewer epochs of warm-up, "
+            f"got {added_images} and {warmup} of {epochs} epochs"
+        )
+    made = None
+    if generator is not None:
+        made = generator(
+            network=teacher,
+            input_size=input_size,
+            count=1,  # it is asked for images at every step instead
+            seed=seed,
+            steps=epochs * steps,
+            student=lambda: conversion.student,
+        )
+    return DistillationModule(
+        conversion.student,
+        teacher,
+        generator=made,
+        turns=turns,
+        learner=Learner(optimizer, learn=learn, schedule=schedule, inundation=inundation),
+        loss=loss,
+        few_shot=None if few_shot is None else few_shot(images, labels, steps=max(turns.student_steps, 1), seed=seed),
+        view=view,
+        seed=seed,
+    )
+
+
+def distills(job: Job) -> bool:
+    """Whether the student is fine-tuned.
+
+    Raises:
+        ValueError: if it is to be reconstructed too.
+    """
+    settings = job.cfg.get("distillation")  # a run of before there was fine-tuning has none
+    chosen = settings is not None and settings.epochs > settings.get("warmup", 0)
+    if chosen and job.cfg.reconstruction.phases != "none":
+        raise ValueError(
+            "distillation: expected none, or reconstruction=none, since fine-tuning stands in its place, got phases "
+            f"{job.cfg.reconstruction.phases!r}; add reconstruction=none"
+        )
+    return chosen
+
+
+def add_generated(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> CalibrationImages:
+    """The images, and those of a generator that was trained with them, if that is asked for: to reconstruct on."""
+    count = (job.cfg.get("distillation") or {}).get("added_images", 0)
+    if not count:
+        return images
+    module = _fit(job, teacher, conversion, images)
+    together = torch.cat([images.images, module.generated(count).float().cpu()])
+    digest = fingerprint({"images": together})
+    job.record.add(images=job.record.facts["images"] | {"count": len(together), "digest": digest, "added": count})
+    return dataclasses.replace(images, images=together, digest=digest, labels=None)
+
+
+def distill(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
+    """Fine-tune the student, in place."""
+    job.record.add(distillation=_fit(job, teacher, conversion, images).facts)
+
+
+def _fit(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> DistillationModule:
+    """Train, and draw what the generator makes of each class."""
+    with job.stage("distill"):
+        module: DistillationModule = instantiate(job.cfg.distillation)(
+            conversion=conversion,
+            teacher=teacher.network,
+            input_size=teacher.input_size,
+            images=images.images,
+            labels=images.labels,
+            seed=job.cfg.seed,
+        )
+        job.fit(module, job.alone(**module.trainer_arguments()))
+    if module.has_panel and job.is_main:
+        path = job.folder / "distillation.png"
+        save_grid(module.panel(COLUMNS), path, mean=teacher.mean, std=teacher.std, columns=COLUMNS)
+    return module

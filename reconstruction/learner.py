@@ -1,0 +1,117 @@
+"""How a student takes a step of fine-tuning: what is learned, at which rate, and how far an update goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from quantizers.base import Quantizer
+from quantizers.fold import FrozenNorm
+from quantizers.layer import QuantizedLayer, quantized_layers
+from reconstruction.inundation import Inundation
+
+Learned = Literal["weights", "biases", "norms"]
+Schedule = Literal["constant", "cosine", "staircase"]
+STAIRS = 4  # of GDFQ: x0.1 at a quarter, half and three quarters of the run
+START = "initial_lr"
+
+
+def learning_rate(schedule: Schedule, done: int, steps: int) -> float:
+    """Factor on the learning rate after `done` of `steps` steps, whose number is the period.
+
+    "constant"; "cosine" from 1 towards 0; "staircase": x0.1 at a quarter, half and three quarters.
+    """
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done / steps))
+    return 0.1 ** (STAIRS * done // steps) if schedule == "staircase" else 1.0
+
+
+class Learner:
+    """Learns parts of a student in place; the rest of it stays as it is.
+
+    Args:
+        optimizer: makes the optimizer from parameter groups.
+        learn: "weights" that their quantizers train (weight=straight_through, weight=adaquant), "biases" of the
+            quantized layers, "norms": scale and shift of normalisations that no layer could take in.
+        schedule: see `learning_rate`.
+        inundation: enlarges the updates of weights; None: they stay as the optimizer makes them.
+
+    Raises:
+        ValueError: if a choice is unknown.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        *,
+        learn: Sequence[Learned] = ("weights", "biases", "norms"),
+        schedule: Schedule = "cosine",
+        inundation: Inundation | None = None,
+    ) -> None:
+        unknown = set(learn) - set(get_args(Learned))
+        if unknown or not learn:
+            raise ValueError(f"learn: expected some of {', '.join(get_args(Learned))}, got {list(learn)}")
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"schedule: expected one of {', '.join(get_args(Schedule))}, got {schedule!r}")
+        self.learn = list(learn)
+        self.schedule: Schedule = schedule
+        self.inundation = inundation
+        self.weights: list[tuple[Quantizer, Tensor]] = []
+        self.others: list[Tensor] = []
+        self._optimizer_factory = optimizer
+
+    def bind(self, student: fx.GraphModule) -> None:
+        """Let what is to be learned require gradients, and nothing else.
+
+        Raises:
+            ValueError: if weights are to be learned and no quantizer trains its own.
+        """
+        student.requires_grad_(False)
+        layers = [layer for _, layer in quantized_layers(student)]
+        self.weights = [found for layer in layers for found in _trained(layer)] if "weights" in self.learn else []
+        if "weights" in self.learn and not self.weights:
+            kind = type(layers[0].weight_quantizer).__name__ if layers else "no quantized layer"
+            raise ValueError(
+                f"learn: expected a rounding that trains the weight itself, got {kind}; choose weight=straight_through"
+            )
+        self.others = []
+        if "biases" in self.learn:
+            self.others += [layer.bias for layer in layers if layer.bias is not None]
+        if "norms" in self.learn:
+            norms = [module for module in student.modules() if isinstance(module, FrozenNorm)]
+            self.others += [parameter for norm in norms for parameter in (norm.scale, norm.shift)]
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> list[Tensor]:
+        """All that is learned."""
+        return [*(weight for _, weight in self.weights), *self.others]
+
+    def optimizer(self) -> Optimizer:
+        """A new optimizer of all that is learned."""
+        made = self._optimizer_factory([{"params": self.parameters()}])
+        for group in made.param_groups:
+            group.setdefault(START, group["lr"])
+        return made
+
+    def step(self, optimizer: Optimizer, advance: Callable[[], Any], done: int, steps: int) -> None:
+        """Set the rate of step `done` of `steps`, let `advance` take the optimizer's step, and enlarge it if asked."""
+        for group in optimizer.param_groups:
+            group["lr"] = group[START] * learning_rate(self.schedule, done, steps)
+        if self.inundation is None:
+            advance()
+            return
+        before = [weight.detach().clone() for _, weight in self.weights]
+        advance()
+        for (quantizer, weight), earlier in zip(self.weights, before, strict=True):
+            self.inundation(quantizer, weight, earlier)
+
+
+def _trained(layer: QuantizedLayer) -> list[tuple[Quantizer, nn.Parameter]]:
+    quantizer = layer.weight_quantizer
+    groups = [group for group in quantizer.parameter_groups() if group.get("kind") == "weight"]
+    return [(quantizer, parameter) for group in groups for parameter in group["params"]]

@@ -1,0 +1,74 @@
+"""Fine-tuning in the main job: in the place of reconstruction, recorded, and refused where it cannot work."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from run import run_job
+from tests.configuration import SMALL, composed
+
+SHORT = [
+    *(setting for setting in SMALL if "calibration" not in setting and "logger" not in setting),
+    "weight=straight_through",
+    "activation=ema",
+    "distillation.epochs=3",
+    "distillation.warmup=1",
+    "distillation.steps=2",
+    "distillation.generator.batch_size=4",
+    "trainer.log_every_n_steps=1",
+]
+
+
+def job(folder: Path, *overrides: str) -> tuple[dict[str, float], dict[str, Any]]:
+    metrics = run_job(composed([*SHORT, *overrides], folder))
+    return metrics, json.loads((folder / "record.json").read_text())
+
+
+def test_gdfq_needs_no_image_and_reports_what_it_did(tmp_path: Path) -> None:
+    metrics, facts = job(tmp_path, "distillation=gdfq", "calibration=none", "reconstruction=none", "protocol=f8l8")
+    assert 0 <= metrics["test/quantized/top1"] <= 100
+    assert facts["data_free"]
+    assert facts["distillation"]["student_steps"] == 4
+    assert set(facts["stages"]) == {"teacher", "convert", "images", "ranges", "distill", "evaluation"}
+    with Image.open(tmp_path / "distillation.png") as panel:
+        assert panel.size[1] > panel.size[0] >= 8 * 28  # ten classes, eight images each
+    assert [path.name for path in (tmp_path / "classes").iterdir()] == ["epoch_0003.png"]
+    (log,) = tmp_path.glob("**/metrics.csv")
+    with log.open() as file:
+        columns = next(csv.reader(file))
+    assert {"distillation/generator/alignment", "distillation/student/divergence"} <= set(columns)
+    assert {"distillation/student/epoch_loss", "distillation/student/best_epoch"} <= set(columns)
+
+
+def test_fdda_takes_a_few_labelled_images_and_names_missing_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = ["distillation=fdda", "calibration=real", "calibration.count=9", "reconstruction=none"]
+    _, facts = job(tmp_path, *chosen, "corrections=bn_reestimation")
+    assert not facts["data_free"]
+    assert "no real image of 1 of 10 classes" in caplog.text
+    assert [entry["correction"] for entry in facts["corrections"]] == ["bn_reestimation"]
+
+
+def test_class_aware_images_are_reconstructed_on(tmp_path: Path) -> None:
+    chosen = ["distillation=fdda_images", "calibration=real", "calibration.count=10", "distillation.added_images=6"]
+    metrics, facts = job(tmp_path, *chosen, "distillation.warmup=3", "weight=adaround", "activation=lsq")
+    assert 0 <= metrics["test/quantized/top1"] <= 100
+    assert (facts["images"]["count"], facts["images"]["origin"], facts["images"]["added"]) == (16, "real", 6)
+    assert (tmp_path / "units.csv").exists()
+    assert facts["row"]["image_count"] == 16
+
+
+def test_fine_tuning_and_reconstruction_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distillation: expected none, or reconstruction=none"):
+        job(tmp_path, "distillation=gdfq", "calibration=noise", "reconstruction=qdrop")
+
+
+def test_no_fine_tuning_is_the_default_and_changes_nothing(tmp_path: Path) -> None:
+    assert composed().distillation == {"epochs": 0}
