@@ -15,7 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import fx
 
+from allocation.groups import Bits
 from deployment.student_file import load_student
+from lightning_modules.allocation import FILE, read_bits
 from lightning_modules.corrections import Corrections
 from networks.teachers import Teacher
 from quantizers.convert import convert
@@ -74,7 +76,8 @@ def load_student_from(folder: str | Path) -> SavedStudent:
         corrections = Corrections(instantiate(cfg.get("corrections", {}), _convert_="all"))
     except InstantiationException as error:
         raise (error.__cause__ or error) from None
-    student = convert(teacher.network, teacher.example(), *parts, prepare=corrections.prepare).student
+    bits = _widths(folder, cfg)
+    student = convert(teacher.network, teacher.example(), *parts, allocation=bits, prepare=corrections.prepare).student
     load_student(student, folder / STUDENT)
     record = folder / "record.json"
     try:
@@ -84,6 +87,13 @@ def load_student_from(folder: str | Path) -> SavedStudent:
     student.eval().requires_grad_(False)
     shape = {"input_size": teacher.input_size, "mean": teacher.mean, "std": teacher.std}
     return SavedStudent(network=student, facts=facts, config=cfg, **shape)
+
+
+def _widths(folder: Path, cfg: DictConfig) -> Bits | None:
+    """The widths that the run found for its layers or was given in a file; None: the same for all."""
+    if (folder / FILE).exists():
+        return read_bits(folder / FILE)
+    return instantiate(cfg.allocation).known() if "allocation" in cfg else None
 
 
 def _configuration(folder: Path) -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from deployment.exports import OnnxExport
 from deployment.student_file import load_student
 from lightning_modules.deployed import export_saved, measure_saved
 from lightning_modules.saved_students import load_student_from
+from quantizers.layer import quantized_layers
 from run import run_job
 from tests.configuration import ROOT, SMALL, composed
 
@@ -48,6 +50,18 @@ def test_outputs_are_bitwise_those_of_the_run(folder: Path, monkeypatch: pytest.
     assert saved.metadata["teacher"].startswith("tiny ")
     assert saved.facts["metrics"]["test/quantized/top1"] >= 0
     assert (saved.mean, saved.std) == ((0.286,), (0.353,))
+
+
+def test_widths_that_a_search_found_are_those_of_the_file(tmp_path: Path) -> None:
+    found = ["allocation=integer_program", "allocation.budget.average_bits=5", "reconstruction=none"]
+    run_job(composed([*SMALL, "calibration=noise", *found], tmp_path))
+    saved = load_student_from(tmp_path)
+    widths = {layer.weight_quantizer.grid.bits for _, layer in quantized_layers(saved.network)}
+    assert len(widths) > 1
+    rows = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert rows["test/quantized/top1"] >= 0
+    exported = export_saved(tmp_path, OnnxExport(compared=2))
+    assert exported[0].exists()
 
 
 def test_a_checkpoint_is_not_needed(tmp_path: Path, folder: Path) -> None:
