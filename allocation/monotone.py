@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from allocation.groups import Choice
@@ -51,20 +51,30 @@ def not_rising(values: Values, widths: Sequence[Sequence[int]]) -> Values:
 
     The projection onto these is `values + A' x` with the x >= 0 that makes it smallest, where a row of A is one pair.
     """
-    pairs = [
-        (few, many)
-        for few, a in enumerate(widths)
-        for many, b in enumerate(widths)
-        if few != many and all(x <= y for x, y in zip(a, b, strict=True))
-    ]
+    pairs = _covers(widths)
     scale = float(np.abs(values).max())
     if not pairs or scale == 0:
         return np.array(values, dtype=np.float64)
     constraints = np.zeros((len(pairs), len(values)))
     for row, (few, many) in enumerate(pairs):
         constraints[row, few], constraints[row, many] = 1.0, -1.0
-    moves, _ = nnls(constraints.T, -values / scale, maxiter=100 * len(pairs))
+    # bvls, not scipy's nnls, which ends in the wrong place where constraints depend on each other
+    moves = lsq_linear(constraints.T, -values / scale, bounds=(0, np.inf), method="bvls", tol=1e-14, max_iter=10000).x
     return values + scale * constraints.T @ moves
+
+
+def _covers(widths: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Pairs with nothing between them; all others follow."""
+
+    def below(a: Sequence[int], b: Sequence[int]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return [
+        (few, many)
+        for few, a in enumerate(widths)
+        for many, b in enumerate(widths)
+        if below(a, b) and not any(below(a, c) and below(c, b) for c in widths)
+    ]
 
 
 def _widths(choice: Choice) -> list[int]:

@@ -32,7 +32,7 @@ def test_on_a_chain_it_pools_adjacent_violators(values: list[float]) -> None:
     np.testing.assert_allclose(found, pool_adjacent(values), atol=1e-8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_on_pairs_of_widths_nothing_feasible_is_closer(seed: int) -> None:
     rng = np.random.default_rng(seed)
