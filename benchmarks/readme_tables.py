@@ -138,7 +138,8 @@ def pivoted(name: str, title: str) -> list[str]:
     rows = rows_of(name)
     counts = sorted({int(row["image_count"]) for row in rows})
     seeds = sorted({int(row["seed"]) for row in rows})
-    caption = f"{counts[0]} images; seeds {', '.join(str(seed) for seed in seeds)} where a deviation stands."
+    told = f"seed {seeds[0]}" if len(seeds) == 1 else f"deviations over seeds {', '.join(map(str, seeds))}"
+    caption = f"{counts[0]} images; {told}."
     return [f"**{title}**", "", *pivot(rows), "", caption, made(name, rows), ""]
 
 
