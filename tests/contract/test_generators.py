@@ -116,3 +116,9 @@ def test_noise_stays_noise_when_a_sweep_sets_the_steps(option: str, teacher: Tea
     module.source.reset(seeded(0, "source", 0))
     fresh = module.source(seeded(0), torch.zeros(0)).detach()
     assert torch.equal(run(module), fresh[:3])
+
+
+@pytest.mark.parametrize(("option", "parts"), [("dsg", (True, True, False)), ("dsg_journal", (True, True, True))])
+def test_presets_of_dsg_have_the_parts_of_their_paper(option: str, parts: tuple[bool, ...]) -> None:
+    generator = composed([f"generator={option}"]).generator
+    assert (generator.sda, generator.lse, generator.sci) == parts
