@@ -45,7 +45,7 @@ CARDS = {  # by card: what the column `images` says in rows about it
     "gzsq": ("gzsq",),
     "propagated": ("propagated",),
     "calibrant": ("calibrant", "calibrant_fast"),
-    "controls": ("noise", "coloured_noise", "real"),
+    "controls": ("none", "uniform_noise", "noise", "coloured_noise", "real"),
 }
 CARD_FILES = ("synthesis_cifar10", "bn_free")
 # What tells settings apart. Files from before a column was there lack it: then it stays empty.
