@@ -41,9 +41,9 @@ class OnnxExport:
             raise ValueError(f"export.threads: expected at least 1, got {self.threads}")
 
     def write(
-        self, student: fx.GraphModule, input_size: tuple[int, ...], folder: Path, facts: Mapping[str, str]
+        self, student: fx.GraphModule, input_size: tuple[int, ...], path: Path, facts: Mapping[str, str]
     ) -> Exported:
-        """Write `model.onnx` into `folder`; see `export_onnx`."""
+        """Write the file; see `export_onnx`."""
         exported = export_onnx(student, input_size, container=self.container, opset=self.opset, facts=facts)
-        exported.save(folder / FILE)
+        exported.save(path)
         return exported

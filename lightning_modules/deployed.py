@@ -37,9 +37,8 @@ def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -
         ParityError: where the runtime does not follow the student.
     """
     saved = load_student_from(folder)
-    facts = saved.metadata
-    exported = export_onnx(saved.network, saved.input_size, container=chosen.container, opset=chosen.opset, facts=facts)
-    path = exported.save(output or folder / FILE)
+    path = output or folder / FILE
+    exported = chosen.write(saved.network, saved.input_size, path, saved.metadata)
     if not chosen.compared:
         return path, []
     images = torch.randn(chosen.compared, *saved.input_size, generator=torch.Generator().manual_seed(0))

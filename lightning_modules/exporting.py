@@ -51,7 +51,7 @@ def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: Ev
             "data_free": str(job.ledger.data_free).lower(),
         }
         student = copy.deepcopy(student).cpu().eval()
-        exported = chosen.write(student, teacher.input_size, job.folder, facts)
+        exported = chosen.write(student, teacher.input_size, job.folder / FILE, facts)
         found = {"file": FILE, "container": chosen.container, "bytes": (job.folder / FILE).stat().st_size}
         found["float_biases"] = exported.float_biases
         job.record.add(export=found)

@@ -62,9 +62,8 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
         return {"overrides": overrides(), "choices": choices()}
     old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
-    facts |= {
-        key: old[key] for key in ("images", "corrections", "allocation") if key in old
-    }  # none of it is done again
+    done = ("images", "corrections", "allocation")  # and not done again
+    facts |= {key: old[key] for key in done if key in old}
     if cfg.resume:
         facts["earlier_stages"] = [*old.get("earlier_stages", []), old.get("stages", {})]
     return facts

@@ -29,6 +29,7 @@ from synthesis.seeding import seeded
 from synthesis.statistics import batch_norms, execution_order
 from synthesis.views import RandomResizedCrop
 from tests.configuration import CONF
+from tests.lightning_modules.training import Interrupt, InterruptAt, quiet_trainer
 from tests.reconstruction.students import images, resnet8, student_of
 from tests.reconstruction.test_learner import MOVING, TRAINED
 
@@ -75,14 +76,7 @@ def build(teacher: nn.Module, **changes: Any) -> DistillationModule:
 
 
 def trainer(module: DistillationModule, **changes: Any) -> pl.Trainer:
-    arguments: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(**(arguments | module.trainer_arguments() | changes))
+    return quiet_trainer(**(module.trainer_arguments() | changes))
 
 
 def fitted(teacher: nn.Module, **changes: Any) -> DistillationModule:
@@ -191,19 +185,6 @@ def test_one_batch_is_one_global_step(teacher: nn.Module) -> None:
     runner.fit(module)
     assert runner.global_step == module.total_steps == 12
     assert module.facts["student_steps"] == 8
-
-
-class Interrupt(Exception):  # noqa: N818  not an error
-    pass
-
-
-class InterruptAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise Interrupt
 
 
 class SaveAt(Callback):

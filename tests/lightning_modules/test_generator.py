@@ -30,6 +30,7 @@ from synthesis.seeding import seeded
 from synthesis.sources import Pixels
 from synthesis.targets import Slack
 from synthesis.views import AveragePool, Identity, InTurn, RandomResizedCrop, RollFlip
+from tests.lightning_modules.training import Interrupt, InterruptAt
 
 SIZE = (3, 8, 8)
 CONF = Path(__file__).parents[2] / "conf" / "generator"
@@ -146,19 +147,6 @@ def everything(network: CifarResNet) -> GeneratorModule:
         priors={"total_variation": TotalVariation(0.01, RollFlip(2)), "none": None},
         decorrelation=Decorrelation,
     )
-
-
-class Interrupt(Exception):  # noqa: N818  not an error
-    pass
-
-
-class InterruptAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise Interrupt
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

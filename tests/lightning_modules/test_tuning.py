@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_modules.tuning import TuningModule
@@ -18,6 +18,7 @@ from quantizers.layer import quantized_layers, sites
 from quantizers.lsq import LSQ
 from quantizers.ranges import MinMax
 from reconstruction.schedules import index_batches, seed_of
+from tests.lightning_modules.training import Interrupt, InterruptAt, quiet_trainer
 from tests.reconstruction.students import images, resnet8, student_of
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -46,14 +47,7 @@ def build(teacher: nn.Module, conversion: Conversion | None = None, **changes: A
 
 
 def trainer(module: TuningModule, **changes: Any) -> pl.Trainer:
-    arguments: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(**(arguments | module.trainer_arguments() | changes))
+    return quiet_trainer(**(module.trainer_arguments() | changes))
 
 
 def fitted(teacher: nn.Module, **changes: Any) -> TuningModule:
@@ -164,19 +158,6 @@ def test_seed_decides_and_nothing_else(teacher: nn.Module) -> None:
     torch.manual_seed(99)
     assert all(torch.equal(value, first[key]) for key, value in state(fitted(teacher)).items())
     assert any(not torch.equal(value, first[key]) for key, value in state(fitted(teacher, seed=4)).items())
-
-
-class Interrupt(Exception):  # noqa: N818  not an error
-    pass
-
-
-class InterruptAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise Interrupt
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
