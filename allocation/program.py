@@ -71,6 +71,11 @@ class ProgramBuilder:
         picked = [int(self.starts[g]) + i for g, i in enumerate(chosen) if self.sizes[g] > 1]
         self.add(dict.fromkeys(picked, 1.0), -np.inf, len(picked) - 1.0)
 
+    def stay_near(self, chosen: Sequence[int], changes: int) -> None:
+        """Exclude assignments that differ in more groups (local branching, Fischetti and Lodi 2003)."""
+        picked = {int(self.starts[g]) + i: 1.0 for g, i in enumerate(chosen)}
+        self.add(picked, float(len(picked) - changes), np.inf)
+
     def build(self) -> Program:
         """The program as it stands."""
         rows = [(r, c, v) for r, entries in enumerate(self.entries) for c, v in entries.items()]

@@ -23,6 +23,7 @@ def solve(
     minimize: str = SENSITIVITY,
     count: int = 1,
     solver: Solver | None = None,
+    near: tuple[Sequence[int], int] | None = None,
 ) -> list[Solution]:
     """The `count` best assignments, best first; fewer where there are no more.
 
@@ -32,13 +33,14 @@ def solve(
         minimize: the resource of which there shall be least.
         count: how many.
         solver: of the integer program; None: `HiGHS`.
+        near: an assignment, and in how many groups another may differ from it.
 
     Raises:
         ValueError: if a name is unknown, or no assignment keeps all budgets: the error says which budget is too small,
             and the smallest one that can be kept.
     """
     expect_known(resources, budgets, minimize, count)
-    found = _best(resources, budgets, minimize, count, solver or HiGHS())
+    found = _best(resources, budgets, minimize, count, solver or HiGHS(), near)
     if not found:
         raise ValueError(why_infeasible(resources, budgets, solver or HiGHS()))
     return found
@@ -57,9 +59,16 @@ def solution_of(resources: Mapping[str, Resource], chosen: Sequence[int]) -> Sol
 
 
 def _best(
-    resources: Mapping[str, Resource], budgets: Mapping[str, float], minimize: str, count: int, solver: Solver
+    resources: Mapping[str, Resource],
+    budgets: Mapping[str, float],
+    minimize: str,
+    count: int,
+    solver: Solver,
+    near: tuple[Sequence[int], int] | None = None,
 ) -> list[Solution]:
     builder = ProgramBuilder(resources, minimize, budgets)
+    if near is not None:
+        builder.stay_near(*near)
     found: list[Solution] = []
     while len(found) < count:
         answer = solver(builder.build())

@@ -28,7 +28,8 @@ from allocation.additivity import rank_correlation
 from benchmarks.table import RESULTS, ROOT, collect
 from callbacks.report import write_csv
 
-METHODS = ("integer_program", "greedy", "uniform")
+PROGRAMS = ("integer_program", "calibrant")
+METHODS = (*PROGRAMS, "greedy", "uniform")
 
 
 def commands(
@@ -38,7 +39,7 @@ def commands(
     seed = f"seed={','.join(map(str, seeds))}"
     widths = sorted({math.floor(budget) for budget in budgets})
     found = [[*overrides, "allocation=uniform", f"bits.weight={','.join(map(str, widths))}", seed]]
-    for method in ("integer_program", "greedy"):
+    for method in METHODS[:-1]:
         allowed = f"allocation.budget.average_bits={','.join(f'{b:g}' for b in budgets)}"
         check = [f"allocation.additivity={additivity}"] if method == "integer_program" else []
         found.append([*overrides, f"allocation={method}", allowed, *check, seed])
@@ -69,8 +70,8 @@ def table_of(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, float], list[dic
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each budget of the integer program its accuracy beside the others', and how often it is best."""
-    table, lines, wins = table_of(rows), [], 0
+    """For each budget the accuracy of every method, and how often the programs beat greedy search and equal widths."""
+    table, lines, wins = table_of(rows), [], dict.fromkeys(PROGRAMS, 0)
     budgets = sorted(budget for method, budget in table if method == "integer_program")
     for budget in budgets:
         means = {}
@@ -78,9 +79,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             spent = budget if method != "uniform" else float(math.floor(budget))
             if (method, spent) in table:
                 means[method] = statistics.mean(float(row["top1"]) for row in table[method, spent])
-        wins += means["integer_program"] > max((v for m, v in means.items() if m != "integer_program"), default=-1.0)
+        others = max((mean for method, mean in means.items() if method not in PROGRAMS), default=-1.0)
+        for method in PROGRAMS:
+            wins[method] += means.get(method, -1.0) > others
         lines.append(f"{budget:g} bits: " + ", ".join(f"{method} {mean:.2f}" for method, mean in means.items()))
-    return [*lines, f"the integer program is best at {wins} of {len(budgets)} budgets"]
+    beaten = "beats greedy search and equal widths at"
+    return [*lines, *(f"{method} {beaten} {won} of {len(budgets)} budgets" for method, won in wins.items())]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:

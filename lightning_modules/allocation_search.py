@@ -25,6 +25,7 @@ from allocation.solve import SENSITIVITY, solve
 from callbacks import report
 from datamodules.calibration import CalibrationImages
 from lightning_modules.allocation import Allocation, leave
+from lightning_modules.allocation_refinement import facts_of, refine
 from lightning_modules.stored_sensitivity import Bench, Score
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
@@ -58,6 +59,11 @@ class Search(Allocation):
             calibration images, which needs no labels.
         judge: "agreement", or "top1" on labelled calibration images.
         additivity: how many random assignments to compare with their prediction.
+        rounds: how often sensitivities are measured anew around the best assignment so far; see `refine`.
+        name: stands in the results; None: that of the method.
+
+    Raises:
+        ValueError: if an argument is not one of those named here.
     """
 
     searches = True
@@ -77,6 +83,8 @@ class Search(Allocation):
         keep_top1: float | None = None,
         judge: str = "agreement",
         additivity: int = 0,
+        rounds: int = 0,
+        name: str | None = None,
     ) -> None:
         if judge not in ("agreement", "top1"):
             raise ValueError(f"allocation.judge: expected agreement or top1, got {judge!r}")
@@ -84,12 +92,12 @@ class Search(Allocation):
             raise ValueError(f"allocation.activation_bits: expected a list, null or same, got {activation_bits!r}")
         if keep_top1 is not None and not 0 <= keep_top1 < 100:
             raise ValueError(f"allocation.keep_top1: expected points from 0 to 100, got {keep_top1}")
-        self.method, self.sensitivity, self.name = method, sensitivity, method.name
+        self.method, self.sensitivity, self.name = method, sensitivity, name or method.name
         self.weight_bits, self.activation_bits, self.images = list(weight_bits), activation_bits, images
         self.minimize = minimize
         self.budget = {name: float(amount) for name, amount in (budget or {}).items() if amount is not None}
         self.latency_table, self.energy_table = latency_table, energy_table
-        self.keep_top1, self.judge, self.additivity = keep_top1, judge, additivity
+        self.keep_top1, self.judge, self.additivity, self.rounds = keep_top1, judge, additivity, rounds
 
     def known(self) -> Bits | None:
         """None: it is to be found."""
@@ -172,11 +180,24 @@ class Search(Allocation):
         if self.keep_top1 is not None:
             return self._smallest(bench, resources, budgets, self.keep_top1)
         solutions = self.method(resources, budgets, self.minimize)
-        if len(solutions) == 1:
+        if len(solutions) == 1 and not self.rounds:
             return solutions[0], []
         scores = [bench.score(solution.chosen) for solution in solutions]
         best = max(range(len(scores)), key=lambda i: (scores[i].agreement, -scores[i].divergence))
-        return solutions[best], [_tried(s, score) for s, score in zip(solutions, scores, strict=True)]
+        tried = [facts_of(s, score) for s, score in zip(solutions, scores, strict=True)]
+        if not self.rounds:
+            return solutions[best], tried
+        found = refine(
+            bench,
+            resources,
+            budgets,
+            start=solutions[best],
+            score=scores[best],
+            rounds=self.rounds,
+            solver=self.method.solver,
+            note=lambda solution, score: tried.append(facts_of(solution, score)),
+        )
+        return found, tried
 
     def _smallest(
         self, bench: Bench, resources: Resources, budgets: Mapping[str, float], points: float
@@ -190,7 +211,7 @@ class Search(Allocation):
             middle = (low + high) / 2 if size is None else size
             solution = self.method(resources, {**budgets, "size": middle}, SENSITIVITY)[0]
             score = bench.score(solution.chosen)
-            tried.append(_tried(solution, score))
+            tried.append(facts_of(solution, score))
             if self._lost(bench, score) <= points:
                 kept, high = solution, min(high, solution.amounts["size"])
             elif kept is None:
@@ -224,8 +245,3 @@ class Search(Allocation):
         report.show_rows("additivity", rows, show=False, path=path)
         correlation = rank_correlation([row["predicted"] for row in rows], [row["measured"] for row in rows])
         return {"spearman": correlation, "assignments": len(rows)}
-
-
-def _tried(solution: Solution, score: Score) -> dict[str, Any]:
-    amounts = {name: solution.amounts[name] for name in (SENSITIVITY, "size")}
-    return amounts | {key: value for key, value in score._asdict().items() if value is not None}

@@ -68,12 +68,23 @@ class Bench:
         self.count = len(images.images) if limit is None else min(limit, len(images.images))
         self.base: int | None = None
 
-    def sensitivities(self, sensitivity: Sensitivity) -> tuple[list[Measured], float]:
+    def sensitivities(
+        self, sensitivity: Sensitivity, around: Sequence[int] | None = None
+    ) -> tuple[list[Measured], float]:
         """For each group the sensitivities of its options, and the harm of the base. Several jobs that ask for the same
         measure the groups between them.
+
+        Args:
+            sensitivity: what is measured.
+            around: the options of all other groups, where they are not at the base of the sensitivity.
         """
-        self.base = sensitivity.base
-        store, recipe = SampleStore(self.job.cfg.paths.store), self.recipe()
+        store = SampleStore(self.job.cfg.paths.store)
+        if around is None:
+            self.base = sensitivity.base
+            recipe = self.recipe(stated(plain(self.job.cfg.allocation.sensitivity)))
+        else:
+            recipe = self.recipe({"measure": "kl", "around": list(around)})
+            self.probe.swaps.base = [own[i] for own, i in zip(self.choices, around, strict=True)]
         if sensitivity.separable:
 
             def part(number: int) -> Tensor:
@@ -90,10 +101,15 @@ class Bench:
                 ),
             )
         parts = harm[1:].split([len(own) for own in self.choices])
-        found = [tidy(part, harm[0], own) for part, own in zip(parts, self.choices, strict=True)]
+        if around is None:
+            found = [tidy(part, harm[0], own) for part, own in zip(parts, self.choices, strict=True)]
+        else:  # the base has harm itself: what is left of it with the group's best option is no one's
+            found = [
+                tidy(part, part[part.mean(1).argmin()], own) for part, own in zip(parts, self.choices, strict=True)
+            ]
         return found, float(harm[0].mean())
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self, sensitivity: Any) -> dict[str, Any]:
         """What the sensitivities depend on."""
         cfg = self.job.cfg
         options = {key: stated(plain(cfg[key])) for key in ("protocol", "weight", "activation", "bits", "corrections")}
@@ -102,7 +118,7 @@ class Bench:
             "teacher": self.teacher.weights_hash,
             "images": self.images.digest,
             "count": self.count,
-            "sensitivity": stated(plain(cfg.allocation.sensitivity)),
+            "sensitivity": sensitivity,
             "groups": [list(group.layers) for group in self.groups],
             "choices": [[list(choice.pair) for choice in own] for own in self.choices],
         }

@@ -92,6 +92,20 @@ def test_with_a_base_the_rest_has_its_width() -> None:
     assert OutputSensitivity("kl").baseline(probe()).abs().max() < 1e-6  # a float base does no harm
 
 
+def test_around_an_assignment_the_rest_is_as_assigned() -> None:
+    found = probe()
+    chosen = [i % len(own) for i, own in enumerate(found.choices)]
+    found.swaps.base = [own[i] for own, i in zip(found.choices, chosen, strict=True)]
+    index = 1
+    harm = OutputSensitivity("kl").of_group(found, index)
+    for i in range(len(found.choices[index])):
+        whole = [own[i if g == index else k] for g, (own, k) in enumerate(zip(found.choices, chosen, strict=True))]
+        found.swaps.assign(whole)
+        outputs = found.swaps.run(found.images, 5)
+        expected = F.kl_div(outputs.log_softmax(1), found.answers.log_softmax(1), reduction="none", log_target=True)
+        torch.testing.assert_close(harm[i], expected.sum(1), atol=1e-6, rtol=1e-4)
+
+
 def test_an_assignment_is_the_converted_student() -> None:
     found = probe()
     for pick in (0, -1):

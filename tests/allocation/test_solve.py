@@ -130,3 +130,19 @@ def test_cbc_agrees_or_says_what_it_needs() -> None:
     budgets = {name: resources[name].amount([2] * 6) for name in ("cost0", "cost1")}
     with_cbc, with_highs = (solve(resources, budgets, solver=solver)[0] for solver in (CBC(), HiGHS()))
     assert with_cbc.amounts["sensitivity"] == pytest.approx(with_highs.amounts["sensitivity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [0, 1, 2, 4])
+def test_near_an_assignment_equals_trying_everything_near_it(changes: int) -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        resources = resources_of(rng, 5, 3, 1, sizes=seed % 2 == 0)
+        near = [0] * 5
+        budgets = {"cost0": resources["cost0"].amount(near) * 3}
+        close = [
+            amount
+            for amount, chosen in everything(resources, budgets, "sensitivity")
+            if sum(a != b for a, b in zip(chosen, near, strict=True)) <= changes
+        ]
+        (found,) = solve(resources, budgets, near=(near, changes))
+        assert found.amounts["sensitivity"] == pytest.approx(close[0], rel=1e-5)

@@ -19,6 +19,7 @@ def test_every_sweep_composes() -> None:
     assert [next(o for o in sweep if o.startswith("allocation=")) for sweep in found] == [
         "allocation=uniform",
         "allocation=integer_program",
+        "allocation=calibrant",
         "allocation=greedy",
     ]
     assert "bits.weight=3,4" in found[0]
@@ -32,5 +33,6 @@ def test_equal_widths_spend_what_they_can(tmp_path: Path) -> None:
     lines = summary(rows)
     assert lines[0] == "3 bits: integer_program 87.00, greedy 86.90, uniform 86.50"
     assert lines[1] == "3.5 bits: integer_program 89.00, greedy 88.00, uniform 86.50"
-    assert lines[-1] == "the integer program is best at 2 of 3 budgets"
+    assert lines[-2] == "integer_program beats greedy search and equal widths at 2 of 3 budgets"
+    assert lines[-1] == "calibrant beats greedy search and equal widths at 0 of 3 budgets"
     assert draw(rows, tmp_path / "pareto.png").stat().st_size > 0

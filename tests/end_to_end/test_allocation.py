@@ -69,6 +69,20 @@ def test_a_searched_allocation_is_saved_drawn_and_loads_again(tmp_path: Path) ->
     assert run_job(scored)["test/quantized/top1"] == facts["metrics"]["test/quantized/top1"]
 
 
+def test_a_refined_allocation_diverges_least_of_what_was_tried(tmp_path: Path) -> None:
+    refined = [o.replace("integer_program", "calibrant") for o in PROGRAM]
+    facts = run([*refined, *WIDTHS], tmp_path / "a", tmp_path / "store")
+    found, plain = facts["allocation"], run([*PROGRAM, *WIDTHS], tmp_path / "b", tmp_path / "store")["allocation"]
+    assert (found["name"], plain["name"]) == ("calibrant", "integer_program")
+    assert len(found["tried"]) >= 2
+    first, best = found["tried"][0], min(found["tried"], key=lambda tried: tried["divergence"])
+    assert first["sensitivity"] == plain["amounts"]["sensitivity"]  # it starts at the program's solution
+    assert best["sensitivity"] == found["amounts"]["sensitivity"]
+    assert found["amounts"]["average_bits"] <= 3.0
+    again = run([*refined, *WIDTHS], tmp_path / "c", tmp_path / "store")
+    assert again["allocation"]["tried"] == found["tried"]  # from the store now, the rounds' measurements too
+
+
 def test_sensitivities_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run([*PROGRAM, "allocation.budget.size=0.2"], tmp_path / "a", tmp_path / "store")
 
