@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -21,16 +22,18 @@ from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from hydra_plugins.calibrant_optuna._space import points
 
 DISCARDED = "discarded/"  # before the trial's number, among the attributes of the study
 WORKER = "worker"
 SILENCE = timedelta(hours=24)  # after which a trial of another machine is taken for interrupted
+PATIENCE = 15.0  # seconds for a database to be opened
 SamplerFactory = Callable[..., BaseSampler]
 
 
@@ -43,8 +46,9 @@ def open_study(
         ValueError: if it exists with other objectives or another search space.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    wanted_directions: Any = list(directions)
     study = optuna.create_study(
-        storage=_storage(storage), study_name=name, directions=list(directions), load_if_exists=True
+        storage=_storage(storage), study_name=name, directions=wanted_directions, load_if_exists=True
     )
     present = [direction.name.lower() for direction in study.directions]
     if present != list(directions):
@@ -61,12 +65,25 @@ def open_study(
     return study
 
 
-def _storage(storage: str) -> str | BaseStorage:
+def _storage(storage: str) -> BaseStorage:
     if "://" in storage:
-        return storage
+        return _database(storage)
     path = Path(storage).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _database(url: str) -> BaseStorage:
+    """Open a database; of several processes that make its tables at once one succeeds, the others try again."""
+    waits: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return RDBStorage(url, engine_kwargs=waits)
+        except DBAPIError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.3)
 
 
 def sampler_factory(

@@ -27,7 +27,7 @@ from hydra_plugins.calibrant_optuna._results import Results
 from hydra_plugins.calibrant_optuna._search import Search
 from hydra_plugins.calibrant_optuna._space import Space, points, read_space
 from hydra_plugins.calibrant_optuna._study import open_study, sampler_factory
-from tests.configuration import CONF, ROOT, SMALL
+from tests.configuration import CONF, ROOT, SMALL, composed, options
 from tests.end_to_end.test_command_line import call
 
 NO_LOADER: Any = SimpleNamespace(list_groups=lambda *_: [], get_group_options=lambda *_, **__: [])
@@ -303,7 +303,7 @@ def command(*arguments: str) -> list[str]:
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 
 
-@pytest.mark.parametrize("storage", ["null", "sqlite:///study.db"])
+@pytest.mark.parametrize("storage", ["null", pytest.param("sqlite:///study.db", marks=pytest.mark.slow)])
 def test_two_processes_share_a_study(storage: str, tmp_path: Path) -> None:
     grid = ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=100", f"hydra.sweeper.storage={storage}"]
     wanted = command(*grid, "x=range(0,5)", "y=0.5,1.5", "fails=4")
@@ -335,12 +335,12 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
 
 def test_accuracy_against_size_with_the_main_job(tmp_path: Path) -> None:
     without = "hydra.sweeper.prune.without=[weight,reconstruction.iterations]"  # what a light run has no use for
-    there = ["hydra.sweeper.n_trials=3", "hydra.sweep.dir=study", "paths.store=store"]
+    there = ["hydra.sweeper.n_trials=2", "hydra.sweep.dir=study", "paths.store=store"]
     done = call(tmp_path, *SMALL, "sweep=pareto", without, *there)
     assert done.returncode == 0, done.stderr
     assert "Pareto front" in done.stdout
     rows = list(csv.DictReader((tmp_path / "study" / "trials.csv").read_text().splitlines()))
-    assert [row["state"] for row in rows] == ["complete"] * 3
+    assert [row["state"] for row in rows] == ["complete"] * 2
     for row in rows:
         folder = tmp_path / "study" / f"trial_{int(row['trial']):04d}"
         record = json.loads((folder / "record.json").read_text())
@@ -350,3 +350,43 @@ def test_accuracy_against_size_with_the_main_job(tmp_path: Path) -> None:
         cheap = json.loads((folder.with_name(f"{folder.name}_cheap") / "record.json").read_text())
         assert cheap["choices"]["pipeline"] == "light"
         assert float(row["cheap_score"]) == cheap["metrics"]["test/quantized/top1"]
+
+
+SEARCHES = [name for name in options("sweep") if "optuna" in (CONF / "sweep" / f"{name}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_both_ends_of_every_space_compose_in_full_and_cheaply(name: str, tmp_path: Path) -> None:
+    sweeper: Any = OmegaConf.load(CONF / "sweep" / f"{name}.yaml").hydra.sweeper
+    space = space_of([f"{key}={value}" for key, value in sweeper.params.items()])
+    prune = Prune(**sweeper.prune)
+    for end in (0, -1):
+        own = space.overrides({key: ends(one)[end] for key, one in space.distributions.items()})
+        for run in (own, prune.overrides(own)):
+            cfg = composed([f"{key}={value}" for key, value in run.items()], tmp_path)
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def ends(one: Any) -> list[Any]:
+    return list(one.choices) if isinstance(one, CategoricalDistribution) else [one.low, one.high]
+
+
+def test_without_optuna_all_else_works_and_a_search_says_what_is_missing() -> None:
+    script = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.modules["optuna"] = None
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
+Plugins.instance()
+from hydra_plugins.calibrant_optuna.sweeper import OptunaSweeper
+settings = OmegaConf.load(sys.argv[1])
+chosen = {key: value for key, value in settings.items() if key not in ("defaults", "_target_", "_recursive_")}
+try:
+    OptunaSweeper(sampler=None, **chosen).sweep([])
+except ImportError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, str(CONF / "hydra/sweeper/optuna.yaml")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert "pip install calibrant[search]" in done.stdout, done.stderr
