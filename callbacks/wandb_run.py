@@ -36,7 +36,8 @@ class WandbRun(Logger):
 
     Args:
         project: in W&B.
-        save_dir: the run's folder; `wandb/` is made there, and `wandb_run.json`, which says which run it is.
+        save_dir: the run's folder, where `wandb_run.json` says which run it is. `wandb/` is made there too, or in the
+            sweep's folder, so that one call shows or uploads all runs of a sweep.
         name: of the run; None: the job's name and what it overrides.
         group: None: the name of the sweep's folder, where there is a sweep.
         job_type: None: the pipeline, or else the fine-tuning, reconstruction or rounding.
@@ -97,7 +98,8 @@ class WandbRun(Logger):
         found = labels(facts)
         given = self._labels
         self._labels = {key: given[key] or found.get(key) for key in given}
-        self._labels["group"] = self._labels["group"] or sweep_name()
+        sweep = sweep_folder()
+        self._labels["group"] = self._labels["group"] or (sweep.name if sweep else None)
         self._labels["tags"] = list(dict.fromkeys([*given["tags"], *found["tags"]]))
         origin = ("commit", "config_hash", "machine", "versions", "overrides", "choices")
         self._config |= {key: facts[key] for key in origin if key in facts}
@@ -161,10 +163,12 @@ class WandbRun(Logger):
         kept = self.folder / IDENTITY
         known = json.loads(kept.read_text()) if kept.exists() else {}
         identity = {"id": known.get("id") or given_id(), "group": known.get("group") or self._labels["group"]}
+        place = known.get("files") or os.path.relpath(sweep_folder() or self.folder, self.folder)
         temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(identity) + "\n")
+        temporary.write_text(json.dumps(identity | {"files": place}) + "\n")
         temporary.replace(kept)
-        arguments: dict[str, Any] = self._labels | identity | {"project": self.project, "dir": str(self.folder)}
+        arguments: dict[str, Any] = self._labels | identity
+        arguments |= {"project": self.project, "dir": str((self.folder / place).resolve())}
         arguments |= {"reinit": "create_new", "resume": "allow" if known else None}
         arguments["settings"] = wandb.Settings(console="off")  # stdout is not to be replaced by one who only watches
         if os.environ.get("WANDB_MODE") == "disabled":
@@ -188,16 +192,16 @@ class WandbRun(Logger):
             self._given_up = True
 
 
-def sweep_name() -> str | None:
-    """The name of the sweep's folder; None outside a multirun."""
+def sweep_folder() -> Path | None:
+    """The sweep's folder; None outside a multirun."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return Path(HydraConfig.get().sweep.dir).name
+    return Path(HydraConfig.get().runtime.cwd) / HydraConfig.get().sweep.dir
 
 
 def given_id() -> str:
     """The id that `wandb agent` or the user chose, or a new one; jobs of a sweep of ours never share one."""
-    chosen = None if sweep_name() is not None else os.environ.get("WANDB_RUN_ID")
+    chosen = None if sweep_folder() is not None else os.environ.get("WANDB_RUN_ID")
     return chosen or secrets.token_hex(4)
 
 

@@ -70,7 +70,7 @@ def test_what_goes_on_in_the_same_folder_continues_the_run(tmp_path: Path) -> No
 def test_the_id_that_an_agent_chose_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     assert given_id() == "chosen"
-    monkeypatch.setattr("callbacks.wandb_run.sweep_name", lambda: "a sweep of ours")
+    monkeypatch.setattr("callbacks.wandb_run.sweep_folder", lambda: Path("a sweep of ours"))
     assert given_id() != given_id() != "chosen"
 
 

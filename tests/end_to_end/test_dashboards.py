@@ -66,7 +66,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runs(sweep: Path) -> list[OfflineRun]:
     """Of the jobs, in their order."""
-    return [run for name in ("0", "1", "2") for run in read_runs(sweep / name)]
+    by_id = {run.id: run for run in read_runs(sweep / "wandb")}
+    assert len(by_id) == 3
+    return [by_id[json.loads((sweep / name / "wandb_run.json").read_text())["id"]] for name in ("0", "1", "2")]
 
 
 def test_every_job_has_its_own_run(sweep: Path, runs: list[OfflineRun]) -> None:
@@ -136,6 +138,16 @@ def test_artifacts_hold_what_loads_the_student_again(sweep: Path, runs: list[Off
     assert uses == [[f"images-{digest}"], [f"images-{digest}", f"student-{run.id}"]]
     assert f"images-{digest}" not in runs[2].artifacts  # taken from the store, not made
     assert not [name for name in runs[1].artifacts if name.startswith("student")]
+
+
+def test_a_job_resumed_outside_its_sweep_continues_its_run(
+    sweep: Path, runs: list[OfflineRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sweep.parent)
+    run_job(composed([f"resume={sweep / '2'}"], tmp_path))
+    again = [run for run in read_runs(sweep) if run.id == runs[2].id]
+    assert [run.group for run in again] == ["study", "study"]
+    assert len({run.folder.parent for run in again}) == 1
 
 
 def test_a_resumed_job_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
