@@ -25,6 +25,7 @@ from callbacks.wandb_content import Content, labels
 
 log = logging.getLogger(__name__)
 
+DEPTH = 3  # of a job's folder below that of its sweep
 IDENTITY = "wandb_run.json"  # in the run's folder: what a requeued or resumed job continues
 
 
@@ -98,7 +99,7 @@ class WandbRun(Logger):
         found = labels(facts)
         given = self._labels
         self._labels = {key: given[key] or found.get(key) for key in given}
-        sweep = sweep_folder()
+        sweep = sweep_folder(self.folder)
         self._labels["group"] = self._labels["group"] or (sweep.name if sweep else None)
         self._labels["tags"] = list(dict.fromkeys([*given["tags"], *found["tags"]]))
         origin = ("commit", "config_hash", "machine", "versions", "overrides", "choices")
@@ -162,8 +163,11 @@ class WandbRun(Logger):
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self.folder / IDENTITY
         known = json.loads(kept.read_text()) if kept.exists() else {}
-        identity = {"id": known.get("id") or given_id(), "group": known.get("group") or self._labels["group"]}
-        place = known.get("files") or os.path.relpath(sweep_folder() or self.folder, self.folder)
+        identity = {
+            "id": known.get("id") or given_id(self.folder),
+            "group": known.get("group") or self._labels["group"],
+        }
+        place = known.get("files") or os.path.relpath(sweep_folder(self.folder) or self.folder, self.folder)
         temporary = kept.with_suffix(".tmp")
         temporary.write_text(json.dumps(identity | {"files": place}) + "\n")
         temporary.replace(kept)
@@ -192,16 +196,20 @@ class WandbRun(Logger):
             self._given_up = True
 
 
-def sweep_folder() -> Path | None:
-    """The sweep's folder; None outside a multirun."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return Path(HydraConfig.get().runtime.cwd) / HydraConfig.get().sweep.dir
+def sweep_folder(folder: Path) -> Path | None:
+    """The folder of the sweep that this is a job of; None outside a multirun.
+
+    A launcher may start its jobs as runs of their own: what tells then is the file that Hydra's sweepers leave.
+    """
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.cwd) / HydraConfig.get().sweep.dir
+    above = list(folder.absolute().parents)[:DEPTH]
+    return next((path for path in above if (path / "multirun.yaml").exists()), None)
 
 
-def given_id() -> str:
+def given_id(folder: Path) -> str:
     """The id that `wandb agent` or the user chose, or a new one; jobs of a sweep of ours never share one."""
-    chosen = None if sweep_folder() is not None else os.environ.get("WANDB_RUN_ID")
+    chosen = None if sweep_folder(folder) is not None else os.environ.get("WANDB_RUN_ID")
     return chosen or secrets.token_hex(4)
 
 

@@ -176,11 +176,13 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
 
 def close(job: Job, status: str) -> None:
     """Finish every logger; a W&B run left open would take what the next job of a multirun logs."""
-    for logger in job.loggers:
-        if isinstance(logger, WandbRun):
-            logger.conclude(job.folder, job.record.facts)
-        else:
+    try:
+        for logger in job.loggers:
             logger.finalize("success" if status == "finished" else "failed")
+    finally:
+        for logger in job.loggers:
+            if isinstance(logger, WandbRun):
+                logger.conclude(job.folder, job.record.facts)
 
 
 def leave_process_group() -> None:

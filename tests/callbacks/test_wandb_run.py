@@ -67,11 +67,24 @@ def test_what_goes_on_in_the_same_folder_continues_the_run(tmp_path: Path) -> No
     assert [found.group for found in read_runs(tmp_path)] == ["sweep", "sweep"]
 
 
-def test_the_id_that_an_agent_chose_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_id_that_an_agent_chose_is_kept_but_jobs_of_a_sweep_have_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    assert given_id() == "chosen"
-    monkeypatch.setattr("callbacks.wandb_run.sweep_folder", lambda: Path("a sweep of ours"))
-    assert given_id() != given_id() != "chosen"
+    assert given_id(tmp_path / "0") == "chosen"
+    (tmp_path / "multirun.yaml").touch()
+    assert given_id(tmp_path / "0") != given_id(tmp_path / "0") != "chosen"
+
+
+def test_a_job_that_a_launcher_starts_as_a_run_of_its_own_belongs_to_its_sweep(tmp_path: Path) -> None:
+    (tmp_path / "study" / "0").mkdir(parents=True)
+    (tmp_path / "study" / "multirun.yaml").touch()
+    run = logger(tmp_path / "study" / "0")
+    run.describe({"config": CONFIG, "choices": CHOICES})
+    run.log_metrics({"test/top1": 1.0}, 0)
+    run.conclude(tmp_path, FINISHED)
+    (found,) = read_runs(tmp_path / "study" / "wandb")
+    assert found.group == "study"
 
 
 def broken(*arguments: Any, **options: Any) -> None:
