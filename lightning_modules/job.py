@@ -208,6 +208,9 @@ def keep_metrics(folder: Path) -> None:
     if metrics.exists():
         parts = len(list(folder.glob("metrics_part*.csv")))
         metrics.rename(folder / f"metrics_part{parts + 1}.csv")
+    warnings.filterwarnings(
+        "ignore", "Experiment logs directory .* exists and is not empty"
+    )  # it deletes none of these
 
 
 def refuse_parallel_multirun(cfg: DictConfig) -> None:
