@@ -20,7 +20,7 @@ import optuna
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -172,7 +172,7 @@ def discard(study: Study, number: int) -> bool:
     """End a running trial that shall not count; False if another process was faster."""
     try:
         study.tell(number, state=TrialState.FAIL)
-    except (UpdateFinishedTrialError, ValueError):
+    except (RuntimeError, ValueError):  # it is finished
         return False
     study.set_user_attr(f"{DISCARDED}{number}", True)
     return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,15 @@ def test_every_job_has_its_own_run(sweep: Path, runs: list[OfflineRun]) -> None:
         assert (run.project, run.group, run.job_type) == ("calibrant", "study", "fast")
         assert {"mine", "tiny", "brecq", f"W{bits}A4", "calibrant_fast", "adaround", "lsq"} <= set(run.tags)
     assert "bits.weight" in runs[1].summary["error"]
+
+
+def test_the_viewer_of_wandb_reads_the_file(runs: list[OfflineRun]) -> None:
+    (path,) = runs[0].folder.glob("run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+    assert found["config"]["bits"]["weight"] == 4
+    (top1,) = [value for _, value in runs[0].series("test/quantized/top1")]
+    assert found["summary"]["test/quantized/top1"] == top1
 
 
 def test_all_loggers_have_the_same_metrics(sweep: Path, runs: list[OfflineRun]) -> None:
