@@ -27,7 +27,7 @@ from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, leave_process_group, open_job
 from lightning_modules.saved_runs import plain
-from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference
+from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference, sizes
 from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of
 from lightning_modules.stored_synthesis import synthesizer
 from networks.teachers import Teacher
@@ -80,6 +80,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             job.forget_checkpoints()
             (job.folder / RECONSTRUCTED).unlink(missing_ok=True)
         metrics = evaluate(job, networks | {"quantized": conversion.student}, reference)
+        metrics |= sizes(job, conversion.student)
         conclude(job, teacher, conversion, metrics)
         export_student(job, teacher, conversion.student, reference.data)
     return metrics
@@ -237,17 +238,20 @@ def conclude(job: Job, teacher: Teacher, conversion: Conversion, metrics: dict[s
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float:
-    """Command line: run the job and return the metric that a sweeper optimises."""
+def main(cfg: DictConfig) -> float | list[float]:
+    """Command line: run the job and return the metric, or the list of metrics, that a sweeper optimises."""
     try:
         metrics = run_job(cfg)
     except InstantiationException as error:  # what Hydra was asked to build refused its arguments: say that, not this
         raise (error.__cause__ or error) from None
     if not metrics:
         return float("nan")  # not the main process
-    if cfg.optimized_metric not in metrics:
-        raise ValueError(f"optimized_metric: expected one of {sorted(metrics)}, got {cfg.optimized_metric!r}")
-    return metrics[cfg.optimized_metric]
+    several = not isinstance(cfg.optimized_metric, str)
+    chosen = list(cfg.optimized_metric) if several else [cfg.optimized_metric]
+    for name in chosen:
+        if name not in metrics:
+            raise ValueError(f"optimized_metric: expected of {sorted(metrics)}, got {name!r}")
+    return [metrics[name] for name in chosen] if several else metrics[chosen[0]]
 
 
 if __name__ == "__main__":

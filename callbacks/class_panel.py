@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import WandbLogger
 
 from callbacks.sample_grid import save_grid
+from callbacks.wandb_run import WandbRun
 
 
 class ClassPanel(pl.Callback):
@@ -42,5 +42,5 @@ class ClassPanel(pl.Callback):
         path = self.folder / f"epoch_{epoch:04d}.png"
         save_grid(drawn, path, mean=self.mean, std=self.std, columns=self.columns)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbRun):
                 logger.log_image("distillation/classes", [str(path)], step=trainer.global_step)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -23,6 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks import report
 from callbacks.run_record import RunRecord
+from callbacks.wandb_run import WandbRun
 from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
 from lightning_modules.allocation import Allocation, Uniform
@@ -75,8 +75,11 @@ class Job:
         if self.cfg.resume:
             keep_metrics(self.folder / "csv")
         for settings in self.cfg.logger.values():
-            self.loggers.append(instantiate(settings))
-            self.loggers[-1].log_hyperparams(plain(self.cfg))
+            logger: Logger = instantiate(settings)
+            self.loggers.append(logger)
+            if isinstance(logger, WandbRun):
+                logger.describe(self.record.facts)
+            logger.log_hyperparams(plain(self.cfg))
 
     @property
     def checkpoints(self) -> Path:
@@ -94,6 +97,14 @@ class Job:
         """Measure a stage; its seconds and peak memory go into the record."""
         with self.record.stage(name):
             yield
+        for logger in self.loggers:
+            if isinstance(logger, WandbRun):
+                logger.show(self.folder, self.record.facts)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Hand numbers that come from no Trainer to all loggers."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=0)
 
     def trainer(self, **stage_arguments: Any) -> pl.Trainer:
         """A new Trainer for one stage: `conf/trainer`, the run's loggers and observers, and the stage's own needs.
@@ -139,7 +150,7 @@ class Job:
 
 @contextmanager
 def open_job(cfg: DictConfig) -> Iterator[Job]:
-    """Open a run, and close its loggers (`wandb.finish()` included) and its record also when it fails.
+    """Open a run, and close its loggers and its record also when it fails.
 
     Raises:
         ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again.
@@ -160,17 +171,18 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
         try:
             job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
         finally:
-            close(job.loggers, status)
+            close(job, status)
 
 
-def close(loggers: list[Logger], status: str) -> None:
-    """Finish every logger; without `wandb.finish()` the next job of a multirun would write into this run."""
+def close(job: Job, status: str) -> None:
+    """Finish every logger; a W&B run left open would take what the next job of a multirun logs."""
     try:
-        for logger in loggers:
+        for logger in job.loggers:
             logger.finalize("success" if status == "finished" else "failed")
     finally:
-        if wandb.run is not None:
-            wandb.finish(exit_code=0 if status == "finished" else 1)
+        for logger in job.loggers:
+            if isinstance(logger, WandbRun):
+                logger.conclude(job.folder, job.record.facts)
 
 
 def leave_process_group() -> None:
@@ -196,6 +208,9 @@ def keep_metrics(folder: Path) -> None:
     if metrics.exists():
         parts = len(list(folder.glob("metrics_part*.csv")))
         metrics.rename(folder / f"metrics_part{parts + 1}.csv")
+    warnings.filterwarnings(
+        "ignore", "Experiment logs directory .* exists and is not empty"
+    )  # it deletes none of these
 
 
 def refuse_parallel_multirun(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from allocation.costs import summary
 from callbacks import report
 from datamodules.evaluation import EvaluationData
 from lightning_modules.evaluation import EvaluationModule
@@ -11,6 +12,7 @@ from lightning_modules.float_reference import FloatReference
 from lightning_modules.job import Job
 from lightning_modules.saved_runs import plain
 from networks.teachers import Teacher
+from quantizers.report import weight_bytes
 from synthesis.store import SampleStore
 
 
@@ -70,3 +72,13 @@ def evaluate(
             reference.keep(module.answered, results[0]["test/float/top1"])
     job.record.add(test_images=data.count, limit=data.limit, float_from_store=from_store)
     return {key: float(value) for key, value in results[0].items()}
+
+
+def sizes(job: Job, student: nn.Module) -> dict[str, float]:
+    """What the student takes to store, logged beside its accuracy: bytes, and its weights' share of float32's."""
+    found = {"size/bytes": float(weight_bytes(student)[1])}
+    fraction = summary(student)["size_fraction"]
+    if fraction is not None:
+        found["size/fraction"] = fraction
+    job.log(found)
+    return found

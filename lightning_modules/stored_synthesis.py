@@ -36,6 +36,7 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
             "count": count,
             "seed": cfg.seed,
         }
+        job.record.add(stored_images=store.path(recipe).name)
 
         def build(count: int, first_batch: int = 0) -> GeneratorModule:
             return instantiate(cfg.generator)(

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tests.configuration import CONF, ROOT, composed, options
@@ -70,5 +71,14 @@ def test_every_documented_command_composes(command: str) -> None:
     words = shlex.split(command, comments=True)
     sweep = "-m" in words
     chosen = [word for word in words if word != "-m"]
-    cfg = composed([word.split(",")[0] if sweep else word for word in chosen])
+    cfg = composed([first_of(word) if sweep else word for word in chosen])
     OmegaConf.to_container(cfg, resolve=True)
+
+
+def first_of(word: str) -> str:
+    """The override with the first value of those that it sweeps over."""
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return word
+    values = override.sweep_string_iterator() if override.is_discrete_sweep() else iter([override.value().start])
+    return f"{override.get_key_element()}={next(values)}"

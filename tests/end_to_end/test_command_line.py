@@ -53,10 +53,9 @@ def test_sweep_ends_in_a_table_and_each_job_has_its_own_wandb_run(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
-    folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    folders = list((tmp_path / "sweep").glob("*/record.json"))
     assert len(folders) == 2
-    for folder in folders:
-        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+    assert len(list((tmp_path / "sweep" / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
 
 @pytest.mark.slow
