@@ -250,7 +250,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     chosen = list(cfg.optimized_metric) if several else [cfg.optimized_metric]
     for name in chosen:
         if name not in metrics:
-            raise ValueError(f"optimized_metric: expected of {sorted(metrics)}, got {name!r}")
+            raise ValueError(f"optimized_metric: expected one of {sorted(metrics)}, got {name!r}")
     return [metrics[name] for name in chosen] if several else metrics[chosen[0]]
 
 
