@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,11 @@ class SweepPlan:
         temporary = folder / f"{PLAN}.tmp"
         temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
         temporary.replace(folder / PLAN)
+
+    @property
+    def command(self) -> str:
+        """What starts it."""
+        return shlex.join(["python", "run.py", "-m", *self.line])
 
     def same_line(self, line: Sequence[str]) -> bool:
         """Whether it was started by these overrides, in any order."""

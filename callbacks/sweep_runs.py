@@ -179,7 +179,7 @@ def read_sweep(folder: Path) -> Sweep:
         if record.get("config_hash", job.config_hash) != job.config_hash:
             record = {}  # of another configuration, which this job has not replaced yet
         runs.append(_run(folder, job.folder, record, job.overrides, job.error, alive))
-    for name, record in records.items():
+    for name, record in sorted(records.items(), key=lambda item: str(item[1].get("started"))):
         runs.append(_run(folder, name, record, record.get("overrides", []), None, alive))
     finished = [run for run in runs if run.status == "finished"]
     keys = settings_that_differ(finished)
@@ -258,6 +258,5 @@ def spread(values: Sequence[float]) -> str:
     """`mean ± sample deviation`, the value alone where there is one, nothing where there is none."""
     if not values:
         return ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    mean = f"{round(statistics.mean(values), 2) + 0.0:.2f}"  # no -0.00
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
