@@ -92,8 +92,9 @@ def own(overrides: Sequence[str]) -> list[str]:
 
 def folder_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
     """A name for a job's folder that its overrides decide, in whatever order: swept values to read, and a hash."""
-    sha = hashlib.sha256("\n".join(sorted(own(overrides))).encode()).hexdigest()[:8]
-    values = [o.partition("=")[2] for o in own(overrides) if o.partition("=")[0] in swept]
+    ordered = sorted(own(overrides))
+    sha = hashlib.sha256("\n".join(ordered).encode()).hexdigest()[:8]
+    values = [o.partition("=")[2] for o in ordered if o.partition("=")[0] in swept]
     words = [re.sub(r"[^\w.]+", "_", value.rsplit("/", 1)[-1]).strip("_.") for value in values]
     return "-".join([*filter(None, ["-".join(words)[:READABLE].strip("-_.")]), sha])
 

@@ -89,7 +89,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "bytes": run.record.get("bytes", {}).get("quantized"),
             "status": run.status,
             "error": (run.error or "").partition("\n")[0] or None,
-            "overrides": " ".join(run.overrides),
+            "overrides": " ".join(sorted(run.overrides)),
             "folder": run.name,
         }
         for run in runs

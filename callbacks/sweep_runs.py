@@ -183,11 +183,15 @@ def read_sweep(folder: Path) -> Sweep:
         runs.append(_run(folder, name, record, record.get("overrides", []), None, alive))
     finished = [run for run in runs if run.status == "finished"]
     keys = settings_that_differ(finished)
+    return Sweep(folder, plan, runs, keys, group(finished, keys))
+
+
+def group(runs: Iterable[Run], keys: Sequence[str]) -> list[Setting]:
+    """The runs that agree in all these settings, in the order of the first of each."""
     groups: dict[tuple[str | None, ...], list[Run]] = {}
-    for run in finished:
+    for run in runs:
         groups.setdefault(tuple(run.value(key) for key in keys), []).append(run)
-    settings = [Setting(dict(zip(keys, values, strict=True)), group) for values, group in groups.items()]
-    return Sweep(folder, plan, runs, keys, settings)
+    return [Setting(dict(zip(keys, values, strict=True)), members) for values, members in groups.items()]
 
 
 def _run(

@@ -159,7 +159,9 @@ class KeepGoingSweeper(BasicSweeper):
     def _leave_out(self, prepared: Sequence[tuple[Any, list[str]]]) -> list[tuple[Any, list[str]]]:
         """The jobs that are not finished; those that were begun go on in their folders."""
         from callbacks.sweep_plan import read_records, recognise
+        from synthesis.store import SampleStore
 
+        SampleStore(Path(OmegaConf.select(self.config, "paths.store"))).forget_dead()  # pyright: ignore
         records = read_records(self.folder)
         known = recognise([job for job, _ in prepared], records)
         todo = []
