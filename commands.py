@@ -23,7 +23,7 @@ from callbacks import comparison, report, sweep_report
 from deployment.containers import Container
 from deployment.exports import OnnxExport
 from lightning_modules.deployed import export_saved, measure_saved
-from lightning_modules.repeated_runs import DIFFERENT, EQUAL, repeat
+from lightning_modules.repeated_runs import DIFFERENT, EQUAL, NOT_COMPARABLE, repeat
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -83,9 +83,12 @@ def verify(arguments: Sequence[str]) -> None:
         found = repeat(given.folder, (given.output or Path(temporary) / "again").absolute(), run.run_job)
     report.show_rows("metrics", found.metrics, show=True)
     report.show_rows("made by other things than the record", found.origins, show=True)
-    words = {EQUAL: "every metric is equal, bitwise", DIFFERENT: "metrics differ with the same versions on the same machine"}
-    excuse = "metrics differ, which other versions or another machine may do"
-    report.console.print(words.get(found.code, excuse), highlight=False)
+    words = {
+        EQUAL: "every metric is equal, bitwise",
+        DIFFERENT: "metrics differ, with the same versions on the same machine",
+        NOT_COMPARABLE: "metrics differ, as they may with other versions or on another machine",
+    }
+    report.console.print(words[found.code], highlight=False)
     if found.code:
         raise SystemExit(found.code)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_record import UNHASHED
-from callbacks.sweep_runs import Run, Setting, flat, group, read_sweep, settings_that_differ, spread
+from callbacks.sweep_runs import Run, flat, group, read_sweep, settings_that_differ, spread
 
 ABSENT = "(absent)"
 ORIGINS = ("commit", "machine")
@@ -96,7 +96,7 @@ def _row(what: str, a: Any, b: Any) -> dict[str, Any]:
 
 
 def _sweeps_between(a: Path, b: Path) -> list[dict[str, Any]]:
-    """What all runs of each share and the other's do not, then top-1 of every setting, matched by what differs within."""
+    """What the runs of each share and those of the other do not, then top-1 of every setting, matched by its label."""
     runs = [[run for run in read_sweep(path).runs if run.status == "finished"] for path in (a, b)]
     for path, found in zip((a, b), runs, strict=True):
         if not found:
@@ -107,16 +107,11 @@ def _sweeps_between(a: Path, b: Path) -> list[dict[str, Any]]:
     groups = [{setting.label: setting for setting in group(found, keys)} for found in runs]
     for label in dict.fromkeys([*groups[0], *groups[1]]):
         pair = [part.get(label) for part in groups]
-        tops = [_mean(setting) for setting in pair]
-        both = tops[0] is not None and tops[1] is not None
+        tops = [statistics.mean(setting.metrics("quantized")) for setting in pair if setting is not None]
         texts = [ABSENT if setting is None else spread(setting.metrics("quantized")) for setting in pair]
-        difference = round(tops[1] - tops[0], 4) if both else ""  # pyright: ignore[reportOptionalOperand]
+        difference = round(tops[1] - tops[0], 4) if len(tops) == 2 else ""
         rows.append({"what": f"top-1 {label}", "a": texts[0], "b": texts[1], "b - a": difference})
     return rows
-
-
-def _mean(setting: Setting | None) -> float | None:
-    return statistics.mean(setting.metrics("quantized")) if setting is not None else None
 
 
 def _shared(sweeps: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
@@ -129,5 +124,6 @@ def _shared(sweeps: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
             own = run.record.get("choices", {})
             choices = {key: value for key, value in choices.items() if own.get(key) == value}
             leaves = {key: value for key, value in leaves.items() if run.leaves.get(key) == value}
-        found.append({"choices": choices, "config": {k: v for k, v in leaves.items() if k.split(".")[0] not in UNHASHED}})
+        config = {key: value for key, value in leaves.items() if key.split(".")[0] not in UNHASHED}
+        found.append({"choices": choices, "config": config})
     return found

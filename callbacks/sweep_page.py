@@ -52,9 +52,7 @@ def origin(runs: Sequence[Run]) -> str:
     """Machines, commits and versions of the runs."""
     machines = dict.fromkeys(str(run.record.get("machine")) for run in runs)
     commits = dict.fromkeys(str(run.record.get("commit")) for run in runs)
-    versions = dict.fromkeys(
-        f"torch {run.record['versions'].get('torch')}" for run in runs if "versions" in run.record
-    )
+    versions = dict.fromkeys(f"torch {run.record['versions'].get('torch')}" for run in runs if "versions" in run.record)
     return f"{'; '.join(machines)} · commit {', '.join(commits)} · {', '.join(versions)}" if runs else ""
 
 
@@ -112,7 +110,10 @@ def plots(settings: Sequence[Setting]) -> str:
     """Both plots, each for a light and a dark page."""
     drawn = []
     for draw, caption in (
-        (pareto, "Top-1 against size. Bars are the sample deviation over seeds; what is on the dotted line no other beats."),
+        (
+            pareto,
+            "Top-1 against size, bars: sample deviation over seeds. No setting beats those on the dotted line.",
+        ),
         (heat_map, "Mean top-1 of each method at each pair of widths."),
     ):
         day, night = draw(settings), draw(settings, night=True)
@@ -143,7 +144,7 @@ def pictures(settings: Sequence[Setting]) -> str:
     for (network, images), path in shown:
         name = f"{images}, {network}" if several else images
         drawn.append(
-            f'<figure><img class="pixels" src="{inlined(reduced(path), "png")}" alt="calibration images: {escape(name)}">'
+            f'<figure><img src="{inlined(reduced(path), "png")}" alt="calibration images: {escape(name)}">'
             f"<figcaption>{escape(name)}</figcaption></figure>"
         )
     left = f"<p>{len(first) - len(shown)} more are in the runs' folders.</p>" if len(first) > len(shown) else ""
@@ -156,7 +157,8 @@ def failures(runs: Sequence[Run]) -> str:
         return ""
     items = "".join(
         f"<li><code>{escape(run.name)}</code> <span>{escape(run.status)}</span>"
-        f"<p>{escape(' '.join(run.overrides))}</p><pre>{escape(run.error or 'no result and no error was left')}</pre></li>"
+        f"<p>{escape(' '.join(run.overrides))}</p>"
+        f"<pre>{escape(run.error or 'no result and no error was left')}</pre></li>"
         for run in runs
     )
     return f"<h2>Without a result</h2><ul class=failures>{items}</ul>"

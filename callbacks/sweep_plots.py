@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ GAP = 0.4  # of a row's height
 LONGEST = 34  # characters of a label
 
 
-def _style(ink: str, frame: str) -> dict[str, object]:
+def _style(ink: str, frame: str) -> dict[Any, Any]:
     return {
         "axes.edgecolor": frame,
         "axes.labelcolor": ink,
@@ -60,7 +61,8 @@ def pareto(settings: Sequence[Setting], *, night: bool = False) -> Figure | None
         best = front(drawn)
         if len(best) > 1:
             places = [(s.kib or 0.0, statistics.mean(s.metrics("quantized"))) for s in best]
-            axis.step(*zip(*places, strict=True), where="post", color=mpl.rcParams["text.color"], lw=1, ls=":", label="beaten by none")
+            ink = mpl.rcParams["text.color"]
+            axis.step(*zip(*places, strict=True), where="post", color=ink, lw=1, ls=":", label="beaten by none")
         _note_float(axis, drawn)
         axis.set_xlabel("size of the quantized weights (KiB)")
         axis.set_ylabel("top-1 (%)")

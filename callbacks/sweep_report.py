@@ -1,4 +1,4 @@
-"""What a sweep ends in, and what can be made of it at any time: a table, `sweep.csv`, `sweep.md`, plots, `report.html`."""
+"""What a sweep ends in, and what it has at any time: a table, `sweep.csv`, `sweep.md`, plots, `report.html`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from callbacks.sweep_plan import FAILURE
 from callbacks.sweep_plots import heat_map, pareto, save_png
 from callbacks.sweep_runs import Run, Sweep, read_sweep, spread
 
+MEANING = "top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network"
 IDENTITY = ("network", "protocol", "w_bits", "a_bits", "seed", "config_hash")  # of a row without a result
 
 
@@ -116,7 +117,7 @@ def sweep_table(sweep: Sweep) -> Table:
     """The settings for a terminal; failed runs with their error."""
     table = Table(
         title=f"sweep {sweep.folder}: {sweep.progress}",
-        caption="top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network",
+        caption=MEANING,
     )
     shown = ("setting", "runs", "float", "nearest", "top-1", "drop", "KiB", "s")
     for column in shown:
@@ -141,7 +142,11 @@ def markdown(sweep: Sweep) -> str:
         shown = columns(sweep.settings)
         lines += ["| " + " | ".join(name for name, _, _ in shown) + " |", "|" + "---|" * len(shown)]
         lines += ["| " + " | ".join(_plain(text(s)) for _, text, _ in shown) + " |" for s in sweep.settings]
-        lines += ["", "Top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network.", ""]
+        lines += [
+            "",
+            f"{MEANING[0].upper()}{MEANING[1:]}.",
+            "",
+        ]
     if sweep.failed:
         lines += ["## Without a result", ""]
         lines += [f"- `{run.name}` {run.status}: {_plain(run.error or 'no error was left')}" for run in sweep.failed]

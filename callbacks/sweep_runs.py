@@ -1,4 +1,4 @@
-"""What a sweep has found so far: its runs, the settings in which they differ, and groups of runs that differ in seed."""
+"""What a sweep has found so far: its runs, the settings in which they differ, and runs that differ in seed alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from callbacks.run_record import UNHASHED
 from callbacks.sweep_plan import FAILURE, SweepPlan, is_running, own, read_plan, read_records
 
 STATUSES = ("finished", "running", "waiting", "failed", "interrupted", "not run")
-PLACES = ("paths", "logger", "callbacks", "show", "resume", "evaluate", "sweep", "hydra", "data.root")  # never a setting
+PLACES = (
+    "paths",
+    "logger",
+    "callbacks",
+    "show",
+    "resume",
+    "evaluate",
+    "sweep",
+    "hydra",
+    "data.root",
+)  # never a setting
 NO_CHOICE = (None, "None", "null")
 WIDTHS = ("bits", "allocation.budget")  # settings that say how wide, not how it is done
 

@@ -55,7 +55,7 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
 
 
 def _composed_again(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The given configuration, for a run that goes on in its own folder, where Hydra has just written over the saved one.
+    """The given configuration, for a run that goes on in its own folder: Hydra has just written over the saved one.
 
     So a job of a sweep does, whose overrides are at hand.
     """

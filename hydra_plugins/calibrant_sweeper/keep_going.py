@@ -1,13 +1,15 @@
 """A grid sweeper that runs every job whatever becomes of the others, goes on with an earlier sweep, and always reports.
 
-Hydra's basic sweeper raises what the first failed job raised: what came after it in the batch is lost to the caller, and
-before Hydra 1.4 no `on_multirun_end` is called. Hydra loads this file at every start, so it imports little.
+Hydra's basic sweeper raises what the first failed job raised: what came after it is lost to the caller, and before
+Hydra 1.4 no `on_multirun_end` is called. Hydra loads this file at every start, so it imports little.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +63,9 @@ class KeepGoingSweeper(BasicSweeper):
         found = last_sweep(parent, name, self.line)
         if found is None:
             raise ValueError(
-                f"sweep.resume: expected an earlier sweep of these overrides, or named {name!r}, in {parent.absolute()}, "
-                "found none; name its folder with hydra.sweep.dir=..., or leave sweep.resume out to start one"
+                f"sweep.resume: expected an earlier sweep of these overrides, or named {name!r}, in "
+                f"{parent.absolute()}, found none; name its folder with hydra.sweep.dir=..., or leave "
+                "sweep.resume out to start one"
             )
         log.info("going on with the sweep in %s", found)
         return found
@@ -102,7 +105,9 @@ class KeepGoingSweeper(BasicSweeper):
 
     def _end(self) -> None:
         """Call what Hydra 1.3 does not call when a sweeper raises."""
-        if not CALLED_BY_HYDRA and self.hydra_context is not None:
+        assert self.hydra_context is not None
+        assert self.config is not None
+        if not CALLED_BY_HYDRA:
             self.hydra_context.callbacks.on_multirun_end(config=self.config, config_name=None)
 
     def _run(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
@@ -136,6 +141,7 @@ class KeepGoingSweeper(BasicSweeper):
         from callbacks.sweep_plan import PlannedJob, folder_name, own
 
         assert self.hydra_context is not None
+        assert self.config is not None
         loader = self.hydra_context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
         swept = [override.get_key_element() for override in parsed if override.is_sweep_override()]
@@ -194,17 +200,17 @@ class KeepGoingSweeper(BasicSweeper):
             for job, _ in batch:
                 job.status, job.error = "failed", f"{type(error).__name__}: {error}"
             return []
-        for (job, _), found in zip(batch, returns, strict=False):
-            job.status = "ended" if found.status == JobStatus.COMPLETED else "failed"
+        for (job, _), found in zip_longest(batch, returns[: len(batch)]):
+            job.status = "ended" if found is not None and found.status == JobStatus.COMPLETED else "failed"
             if job.status == "failed":
-                error = found._return_value
+                error = "the launcher gave no result for it" if found is None else found._return_value
                 job.error = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
         return returns
 
 
 def quoted(text: str) -> str:
-    """A value as Hydra's override grammar takes it whatever it holds."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    """A value as Hydra's override grammar takes it whatever it holds; backslashes count only before a quote."""
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 

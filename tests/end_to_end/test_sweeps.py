@@ -172,7 +172,10 @@ def test_jobs_that_start_at_the_same_moment_make_the_images_once(tmp_path: Path)
 
 def test_what_killed_jobs_left_in_the_store_is_removed_and_what_others_hold_is_not(tmp_path: Path) -> None:
     store = SampleStore(tmp_path)
-    dead = "import os, sys; from pathlib import Path; from synthesis.leases import Lease; lease = Lease(Path(sys.argv[1]), 600); lease.acquire(); os.kill(os.getpid(), 9)"
+    dead = (
+        "import os, sys; from pathlib import Path; from synthesis.leases import Lease; "
+        "lease = Lease(Path(sys.argv[1]), 600); lease.acquire(); os.kill(os.getpid(), 9)"
+    )
     subprocess.run([sys.executable, "-c", dead, str(tmp_path / "a.lock")], cwd=ROOT, check=False, timeout=60)
     (tmp_path / ".a.123.tmp").write_bytes(b"half")
     assert (tmp_path / "a.lock").exists()
