@@ -86,7 +86,7 @@ class Setting:
     @property
     def label(self) -> str:
         """`key=value` of what differs, in one line."""
-        return " ".join(f"{key}={value}" for key, value in self.values.items() if value is not None) or "all defaults"
+        return " ".join(f"{key}={value}" for key, value in self.values.items() if value is not None) or "one setting"
 
     @property
     def method(self) -> str:

@@ -191,14 +191,20 @@ class KeepGoingSweeper(BasicSweeper):
         return [*others, f"hydra.sweep.dir={quoted(str(self.folder))}", *subdir]
 
     def _launch(self, batch: Sequence[tuple[Any, list[str]]], first: int) -> Sequence[JobReturn]:
-        """Launch a batch; a launcher that raises fails the jobs of its batch, not the sweep."""
+        """Launch a batch; a launcher that raises fails the jobs of its batch that have no result, not the sweep."""
+        from callbacks.sweep_plan import read_records
+
         assert self.launcher is not None
         try:
             returns = self.launcher.launch([overrides for _, overrides in batch], initial_job_idx=first)
         except Exception as error:
             log.exception("the launcher failed")
+            records = read_records(self.folder)
             for job, _ in batch:
-                job.status, job.error = "failed", f"{type(error).__name__}: {error}"
+                if records.get(job.folder, {}).get("status") == "finished":
+                    job.status = "ended"
+                else:
+                    job.status, job.error = "failed", f"{type(error).__name__}: {error}"
             return []
         for (job, _), found in zip_longest(batch, returns[: len(batch)]):
             job.status = "ended" if found is not None and found.status == JobStatus.COMPLETED else "failed"

@@ -121,21 +121,25 @@ def test_failed_jobs_fail_the_sweep_after_all_have_run(prepared: Callable[..., A
     assert plan.jobs[0].error == "ValueError: no"
 
 
-def test_a_launcher_that_raises_fails_its_batch_alone(prepared: Callable[..., Any]) -> None:
+def test_a_launcher_that_raises_fails_what_it_has_not_finished(prepared: Callable[..., Any]) -> None:
     turns = itertools.count()
 
     def answer(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
         if next(turns) == 0:
+            plan = read_plan(Path("sweep"))
+            assert plan is not None
+            write(Path("sweep"), plan.jobs[1].folder, record(config_hash=plan.jobs[1].config_hash))
             raise RuntimeError("the cluster is away")
         return [ended(job) for job in jobs]
 
-    sweeper, _, counted = prepared(*SHORT, answer=answer, max_batch_size=1)
+    sweeper, _, counted = prepared("seed=0,1,2", "hydra.sweep.dir=sweep", answer=answer, max_batch_size=2)
     with pytest.raises(SystemExit):
         sweeper.sweep(task(sweeper))
     plan = read_plan(Path("sweep"))
     assert plan is not None
     assert [(job.status, job.error) for job in plan.jobs] == [
         ("failed", "RuntimeError: the cluster is away"),
+        ("ended", None),
         ("ended", None),
     ]
     assert counted.count == 1
