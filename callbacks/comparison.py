@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_record import UNHASHED
-from callbacks.sweep_runs import Run, flat, group, read_sweep, settings_that_differ, spread
+from callbacks.sweep_results import group, read_sweep, settings_that_differ, spread
+from callbacks.sweep_runs import Run, flat
 
 ABSENT = "(absent)"
 ORIGINS = ("commit", "machine")

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from callbacks.sweep_plots import as_svg, heat_map, pareto
-from callbacks.sweep_runs import STATUSES, Run, Setting, Sweep, spread
+from callbacks.sweep_results import Setting, Sweep, spread
+from callbacks.sweep_runs import STATUSES, Run
 
 PIXELS = 480  # width of a sample of images in the page
 PICTURES = 24  # at most

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from callbacks.sweep_runs import Setting
+from callbacks.sweep_results import Setting
 
 WIDTH = 5.2  # inches; drawn so small that a telephone need hardly shrink it
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#4fa3d1", "#777777")  # told apart by all eyes

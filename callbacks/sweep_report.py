@@ -19,7 +19,8 @@ from callbacks import report
 from callbacks.sweep_page import columns, page
 from callbacks.sweep_plan import FAILURE
 from callbacks.sweep_plots import heat_map, pareto, save_png
-from callbacks.sweep_runs import Run, Sweep, read_sweep, spread
+from callbacks.sweep_results import Sweep, read_sweep, spread
+from callbacks.sweep_runs import Run
 
 MEANING = "top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network"
 IDENTITY = ("network", "protocol", "w_bits", "a_bits", "seed", "config_hash")  # of a row without a result

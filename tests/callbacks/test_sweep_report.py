@@ -19,7 +19,7 @@ from callbacks.sweep_page import page
 from callbacks.sweep_plan import PlannedJob, SweepPlan
 from callbacks.sweep_plots import as_svg, front, heat_map, pareto
 from callbacks.sweep_report import make_report, markdown, sweep_table
-from callbacks.sweep_runs import read_sweep
+from callbacks.sweep_results import read_sweep
 from tests.callbacks.sweeps import record, write
 
 TOPS = {

@@ -9,7 +9,7 @@ import pytest
 
 from callbacks.sweep_plan import PlannedJob, SweepPlan, lease
 from callbacks.sweep_report import keep_failure
-from callbacks.sweep_runs import read_sweep, settings_that_differ, spread
+from callbacks.sweep_results import read_sweep, settings_that_differ, spread
 from tests.callbacks.sweeps import record, write
 
 
