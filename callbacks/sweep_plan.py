@@ -37,10 +37,10 @@ class PlannedJob:
 
 @dataclass
 class SweepPlan:
-    """A sweep: `name` of its configuration, `line` of overrides as they were written, and its jobs in order."""
+    """A sweep: `name` of its configuration, `lines` of overrides that have started it and gone on with it, its jobs."""
 
     name: str
-    line: list[str]
+    lines: list[list[str]]
     jobs: list[PlannedJob] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
@@ -53,11 +53,11 @@ class SweepPlan:
     @property
     def command(self) -> str:
         """What starts it."""
-        return shlex.join(["python", "run.py", "-m", *self.line])
+        return "\n".join(shlex.join(["python", "run.py", "-m", *line]) for line in self.lines)
 
     def same_line(self, line: Sequence[str]) -> bool:
-        """Whether it was started by these overrides, in any order."""
-        return sorted(self.line) == sorted(line)
+        """Whether these overrides are one of its lines, in any order."""
+        return any(sorted(own) == sorted(line) for own in self.lines)
 
 
 def read_plan(folder: Path) -> SweepPlan | None:
@@ -66,7 +66,7 @@ def read_plan(folder: Path) -> SweepPlan | None:
     if not path.exists():
         return None
     facts = json.loads(path.read_text())
-    return SweepPlan(facts["name"], facts["line"], [PlannedJob(**job) for job in facts["jobs"]])
+    return SweepPlan(facts["name"], facts["lines"], [PlannedJob(**job) for job in facts["jobs"]])
 
 
 def lease(folder: Path) -> Lease:

@@ -53,7 +53,7 @@ def pareto(settings: Sequence[Setting], *, night: bool = False) -> Figure | None
                 [s.kib or 0.0 for s in group],
                 [statistics.mean(top) for top in tops],
                 yerr=[statistics.stdev(top) if len(top) > 1 else 0.0 for top in tops],
-                fmt=MARKERS[number // len(COLOURS) % len(MARKERS)],
+                fmt=MARKERS[number % len(MARKERS)],
                 color=(BRIGHT if night else COLOURS)[number % len(COLOURS)],
                 capsize=3,
                 label=shortened(method),

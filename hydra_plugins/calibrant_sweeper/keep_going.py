@@ -97,7 +97,7 @@ class KeepGoingSweeper(BasicSweeper):
         failed = [job for job in self.plan.jobs if job.status == "failed"]
         if failed:
             for job in failed:
-                log.error("failed: %s: %s", job.folder, (job.error or "").splitlines()[:1])
+                log.error("failed: %s: %s", job.folder, (job.error or "").partition("\n")[0])
             log.error("%d of %d jobs failed; sweep.resume=true runs them again", len(failed), len(self.plan.jobs))
             self._end()
             raise SystemExit(1)
@@ -118,10 +118,11 @@ class KeepGoingSweeper(BasicSweeper):
         earlier = read_plan(self.folder)
         prepared = self._prepare(arguments)
         todo = self._leave_out(prepared) if self.resumes else prepared
-        planned = {job.folder: job for job, _ in prepared}
+        planned, lines = {job.folder: job for job, _ in prepared}, [self.line]
         if self.resumes and earlier is not None:
             planned = {job.folder: job for job in earlier.jobs} | planned
-        plan = self.plan = SweepPlan(str(self.config.get("name")), self.line, list(planned.values()))
+            lines = earlier.lines if earlier.same_line(self.line) else [*earlier.lines, self.line]
+        plan = self.plan = SweepPlan(str(self.config.get("name")), lines, list(planned.values()))
         for job, overrides in todo:
             (self.folder / job.folder / FAILURE).unlink(missing_ok=True)
             if not any(o.startswith("resume=") for o in overrides):

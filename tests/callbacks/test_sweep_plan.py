@@ -69,7 +69,7 @@ def test_the_finished_one_of_two_records_counts() -> None:
 
 def test_the_last_sweep_of_the_same_line_goes_before_the_last_of_the_name(tmp_path: Path) -> None:
     for age, (name, line) in enumerate((("study", ["a=1", "b=2"]), ("study", ["a=1"]), ("other", ["b=3"]))):
-        SweepPlan(name, line).write(tmp_path / str(age))
+        SweepPlan(name, [line]).write(tmp_path / str(age))
         os.utime(tmp_path / str(age) / PLAN, (age, age))
     assert last_sweep(tmp_path, "study", ["b=2", "a=1"]) == tmp_path / "0"
     assert last_sweep(tmp_path, "study", ["c=1"]) == tmp_path / "1"
@@ -88,7 +88,7 @@ def test_what_is_set_aside_is_kept_and_counts_no_more(tmp_path: Path) -> None:
 
 
 def test_plan_round_trip_and_who_runs_it(tmp_path: Path) -> None:
-    plan = SweepPlan("study", ["a=1"], [PlannedJob("x", ["a=1"], "h", "failed", "no")])
+    plan = SweepPlan("study", [["a=1"]], [PlannedJob("x", ["a=1"], "h", "failed", "no")])
     plan.write(tmp_path)
     assert read_plan(tmp_path) == plan
     assert not is_running(tmp_path)

@@ -157,7 +157,7 @@ def test_the_pages_plots_are_drawings_and_its_pictures_are_reduced(folder: Path)
 
 
 def test_a_sweep_without_results_has_a_page_too(tmp_path: Path) -> None:
-    SweepPlan("study", ["bits=w4a4,w2a4"], [PlannedJob("a", ["bits=w4a4"], "0")]).write(tmp_path)
+    SweepPlan("study", [["bits=w4a4,w2a4"]], [PlannedJob("a", ["bits=w4a4"], "0")]).write(tmp_path)
     make_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "No run has finished yet" in text
