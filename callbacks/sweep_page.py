@@ -30,6 +30,8 @@ def page(sweep: Sweep, date: str) -> str:
         date: to stand in it.
     """
     runs = [run for run in sweep.runs if run.record]
+    images, without = pictures(sweep.settings), failures(sweep.failed)
+    jumps = [("images", "Calibration images", images), ("failures", "Without a result", without)]
     facts = {
         "title": escape(f"Sweep {sweep.folder.resolve().name}"),
         "date": escape(date),
@@ -42,8 +44,9 @@ def page(sweep: Sweep, date: str) -> str:
         "seconds": f"{sum(run.seconds or 0.0 for run in runs):,.0f}",
         "table": table(sweep.settings) if sweep.settings else "<p>No run has finished yet.</p>",
         "plots": plots(sweep.settings),
-        "images": pictures(sweep.settings),
-        "failures": failures(sweep.failed),
+        "images": images,
+        "failures": without,
+        "jumps": " ".join(f'<a href="#{name}">{text}</a>' for name, text, there in jumps if there),
         "origin": escape(origin(runs)),
     }
     return Template((HERE / "sweep_page.html").read_text(encoding="utf-8")).substitute(facts)
@@ -149,7 +152,7 @@ def pictures(settings: Sequence[Setting]) -> str:
             f"<figcaption>{escape(name)}</figcaption></figure>"
         )
     left = f"<p>{len(first) - len(shown)} more are in the runs' folders.</p>" if len(first) > len(shown) else ""
-    return f"<h2>Calibration images</h2><div class=samples>{''.join(drawn)}</div>{left}" if drawn else ""
+    return f"<h2 id=images>Calibration images</h2><div class=samples>{''.join(drawn)}</div>{left}" if drawn else ""
 
 
 def failures(runs: Sequence[Run]) -> str:
@@ -162,7 +165,7 @@ def failures(runs: Sequence[Run]) -> str:
         f"<pre>{escape(run.error or 'no result and no error was left')}</pre></li>"
         for run in runs
     )
-    return f"<h2>Without a result</h2><ul class=failures>{items}</ul>"
+    return f"<h2 id=failures>Without a result</h2><ul class=failures>{items}</ul>"
 
 
 def reduced(path: Path) -> bytes:
