@@ -44,7 +44,7 @@ def test_a_run_that_goes_on_in_its_own_folder_has_the_given_configuration_which_
     cfg.resume = str(tmp_path)
     assert saved_configuration(cfg) == (cfg, tmp_path)
     cfg.seed = 1
-    with pytest.raises(ValueError, match="resume: .* holds a run of another configuration"):
+    with pytest.raises(ValueError, match=r"resume: .* holds a run of another configuration"):
         saved_configuration(cfg)
 
 
