@@ -4,21 +4,26 @@ calibrant [overrides]                 the main job, as `python run.py`
 calibrant export <run folder>         model.onnx beside the student, compared with it tensor by tensor
 calibrant evaluate <run folder>       score the student again, without calibrating
 calibrant benchmark <run folder>      bytes and latency, float against quantized, in onnxruntime
+calibrant report <sweep folder>       table, plots and report.html of a sweep, also while it runs
+calibrant verify <record.json>        run it again and compare every metric bitwise
+calibrant compare <a> <b>             differences of two runs or two sweeps
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 import run
-from callbacks import report
+from callbacks import comparison, report, sweep_report
 from deployment.containers import Container
 from deployment.exports import OnnxExport
 from lightning_modules.deployed import export_saved, measure_saved
+from lightning_modules.repeated_runs import DIFFERENT, EQUAL, NOT_COMPARABLE, repeat
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -63,7 +68,48 @@ def benchmark(arguments: Sequence[str]) -> None:
     report.console.print(f"latency.csv, operators.csv, layers.csv in {given.folder}", highlight=False)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"export": export, "evaluate": evaluate, "benchmark": benchmark}
+def make_report(arguments: Sequence[str]) -> None:
+    """`calibrant report`."""
+    parser = _parser("report", "Table, csv, markdown, plots and report.html of a sweep, as it stands.", of="a sweep")
+    sweep_report.make_report(parser.parse_args(arguments).folder)
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """`calibrant verify`: exit code 0 if equal, 1 if not, 3 if not but versions or machine are others."""
+    parser = _parser("verify", "Run a record again, images included, and compare metrics bitwise.")
+    parser.add_argument("--output", type=Path, help="keep the repeated run there; a temporary folder if left out")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = repeat(given.folder, (given.output or Path(temporary) / "again").absolute(), run.run_job)
+    report.show_rows("metrics", found.metrics, show=True)
+    report.show_rows("made by other things than the record", found.origins, show=True)
+    words = {
+        EQUAL: "every metric is equal, bitwise",
+        DIFFERENT: "metrics differ, with the same versions on the same machine",
+        NOT_COMPARABLE: "metrics differ, as they may with other versions or on another machine",
+    }
+    report.console.print(words[found.code], highlight=False)
+    if found.code:
+        raise SystemExit(found.code)
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """`calibrant compare`."""
+    parser = argparse.ArgumentParser(prog="calibrant compare", description="Differences of two runs or two sweeps.")
+    parser.add_argument("a", type=Path, help="record.json, folder of a run, or folder of a sweep")
+    parser.add_argument("b", type=Path, help="the same")
+    given = parser.parse_args(arguments)
+    report.show_rows(f"{given.a} and {given.b}", comparison.compare(given.a, given.b), show=True)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "export": export,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "report": make_report,
+    "verify": verify,
+    "compare": compare,
+}
 
 
 def main() -> None:
@@ -78,9 +124,9 @@ def main() -> None:
         raise SystemExit(f"calibrant {word}: {error}") from error
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
+def _parser(name: str, description: str, of: str = "a finished run") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"calibrant {name}", description=description)
-    parser.add_argument("folder", type=Path, help="of a finished run")
+    parser.add_argument("folder", type=Path, help=f"of {of}")
     return parser
 
 

@@ -27,7 +27,7 @@ PACKAGES = (
 # What says where and how a run is watched, not what it computes.
 UNHASHED = (
     "share_synthesis", "share_reconstruction", "paths", "logger", "callbacks", "resume", "evaluate", "show", "tags",
-    "export",
+    "export", "sweep",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class RunRecord:
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
-            "config_hash": digest({key: value for key, value in named_by.items() if key not in UNHASHED}),
+            "config_hash": config_hash(named_by),
             "versions": versions(),
             "commit": commit(),
             "machine": machine(device),
@@ -96,6 +96,11 @@ class RunRecord:
         temporary = self.folder / "record.json.tmp"
         temporary.write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
         temporary.replace(self.folder / "record.json")
+
+
+def config_hash(named_by: Mapping[str, Any]) -> str:
+    """The name of what a configuration computes, whoever watches and wherever its files lie."""
+    return digest({key: value for key, value in named_by.items() if key not in UNHASHED})
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,7 @@ from datamodules.evaluation import EvaluationData
 from synthesis.store import SampleStore
 
 VERSION = 1  # raise it when the same settings give other answers than before
-LARGEST = 64 * 2**20  # bytes of answers that are kept: 10,000 images of 1,000 classes and more
+LARGEST = 256 * 2**20  # bytes of answers that are kept: 50,000 images of 1,000 classes and more
 NOT_ASKED = (
     "checkpoint",
     "pretrained",

@@ -144,8 +144,9 @@ class Job:
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints of all stages: what they led to is saved now, so that no kill can cost the work."""
-        for path in self.checkpoints.glob("*.ckpt"):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.ckpt", "*.tmp"):  # the second: of a process that was killed while it wrote one
+            for path in self.checkpoints.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.run_record import config_hash
+
 DSG_SWITCHES = ("sda", "lse", "sci")
 
 
@@ -29,6 +31,8 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     if not cfg[key]:
         return cfg, own
     folder = Path(cfg[key]).absolute()
+    if key == "resume" and folder == own.absolute():
+        return _composed_again(cfg, folder), own
     saved = folder / ".hydra" / "config.yaml"
     if not saved.exists():
         raise ValueError(f"{key}: expected the folder of an earlier run (with .hydra/config.yaml), got {folder}")
@@ -48,6 +52,18 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     output = folder if key == "resume" else own
     loaded.paths.output = str(output)
     return loaded, output
+
+
+def _composed_again(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The given configuration, for a run that goes on in its own folder: Hydra has just written over the saved one.
+
+    So a job of a sweep does, whose overrides are at hand.
+    """
+    path = folder / "record.json"
+    begun = json.loads(path.read_text()).get("config_hash") if path.exists() else None
+    if begun not in (None, config_hash(plain(cfg, resolve=False))):
+        raise ValueError(f"resume: {folder} holds a run of another configuration; go on with that in another folder")
+    return cfg
 
 
 def origin(cfg: DictConfig) -> dict[str, Any]:

@@ -185,6 +185,19 @@ class SampleStore:
             return False
         return True
 
+    def forget_dead(self) -> None:
+        """Remove what killed jobs have left: locks that nobody holds any more, and files that were never finished."""
+        for path in self.folder.glob("*.lock"):
+            lease = Lease(path, self.silence)
+            if lease.acquire():
+                for unfinished in self.folder.glob(f".{path.stem}.*.tmp"):
+                    unfinished.unlink(missing_ok=True)
+                lease.release()
+        for path in self.folder.glob(".*.tmp"):  # written without a lock
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > self.silence:
+                    path.unlink()
+
     def _remove(self, recipes: Iterable[Mapping[str, Any]]) -> None:
         for recipe in recipes:
             with suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.configuration import SMALL, composed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("runs") / "run"
     run_job(composed([*SMALL, "calibration=noise", "reconstruction=none", "protocol=onnxruntime"], folder))
     return folder
 
@@ -51,8 +52,35 @@ def test_evaluate_is_the_main_job(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen == [[f"evaluate={folder}", "hydra.run.dir=x"], ["bits=w4a4"], []]
 
 
+def test_report_verify_and_compare(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called(monkeypatch, "report", str(folder.parent))
+    assert (folder.parent / "report.html").exists()
+    called(monkeypatch, "verify", str(folder / "record.json"), "--output", str(folder.parent / "again"))
+    assert "every metric is equal, bitwise" in capsys.readouterr().out
+    called(monkeypatch, "compare", str(folder), str(folder.parent / "again"))
+    assert "test/quantized/top1" in capsys.readouterr().out
+
+
+def test_verify_fails_where_a_metric_differs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((folder / "record.json").read_text())
+    facts["metrics"]["test/quantized/loss"] += 1e-12
+    (tmp_path / "record.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as raised:
+        called(monkeypatch, "verify", str(tmp_path / "record.json"))
+    assert raised.value.code == 1
+    assert "metrics differ, with the same versions" in capsys.readouterr().out
+
+
 def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="calibrant export: folder: expected that of a finished run"):
         called(monkeypatch, "export", str(tmp_path))
+    with pytest.raises(SystemExit, match="calibrant report: folder: expected that of a sweep"):
+        called(monkeypatch, "report", str(tmp_path))
+    with pytest.raises(SystemExit, match="calibrant verify: record: expected"):
+        called(monkeypatch, "verify", str(tmp_path))
     with pytest.raises(SystemExit):
         called(monkeypatch, "evaluate")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from omegaconf import open_dict
 
-from lightning_modules.saved_runs import plain, stated
+from callbacks.run_record import config_hash
+from lightning_modules.saved_runs import plain, saved_configuration, stated
 from tests.configuration import composed, options
 
 
@@ -29,3 +33,21 @@ def test_what_is_set_names_the_result() -> None:
     assert all(names.count(name) == 1 for name in names)
     assert names[1]["lse"] is False
     assert stated({"steps": 0, "input_weight": 0.0, "view": None, "priors": {}}) == {"steps": 0, "input_weight": 0.0}
+
+
+def test_a_run_that_goes_on_in_its_own_folder_has_the_given_configuration_which_must_be_the_recorded_one(
+    tmp_path: Path,
+) -> None:
+    cfg = composed(["bits=w2a4"], tmp_path)
+    recorded = {"config_hash": config_hash(plain(cfg, resolve=False))}
+    (tmp_path / "record.json").write_text(json.dumps(recorded))
+    cfg.resume = str(tmp_path)
+    assert saved_configuration(cfg) == (cfg, tmp_path)
+    cfg.seed = 1
+    with pytest.raises(ValueError, match=r"resume: .* holds a run of another configuration"):
+        saved_configuration(cfg)
+
+
+def test_how_a_sweep_is_run_changes_no_hash() -> None:
+    one, other = (plain(composed([f"sweep.resume={value}"]), resolve=False) for value in ("true", "false"))
+    assert config_hash(one) == config_hash(other)

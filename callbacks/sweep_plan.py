@@ -1,0 +1,156 @@
+"""What a sweep sets out to do: its jobs with their folders, kept beside them, and which of them are done already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synthesis.leases import Lease
+
+PLAN = "jobs.json"
+FAILURE = "failed.json"  # of a job that failed, beside its record where it left one
+SUPERSEDED = "superseded"  # folder of what other configurations left under the same name
+SILENCE = 600.0  # seconds without a sign of life after which a sweep on another host counts as dead
+READABLE = 60  # characters of a folder's name before its hash
+
+
+@dataclass
+class PlannedJob:
+    """One job: `folder` below the sweep's, `overrides` that make it, `config_hash` as its record will have it.
+
+    `status`: waiting, done (an earlier run of the sweep finished it), ended, or failed with its `error`.
+    """
+
+    folder: str
+    overrides: list[str]
+    config_hash: str
+    status: str = "waiting"
+    error: str | None = None
+
+
+@dataclass
+class SweepPlan:
+    """A sweep: `name` of its configuration, `lines` of overrides that have started it and gone on with it, its jobs."""
+
+    name: str
+    lines: list[list[str]]
+    jobs: list[PlannedJob] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write `jobs.json`, by a temporary name and a rename."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{PLAN}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.replace(folder / PLAN)
+
+    @property
+    def command(self) -> str:
+        """What starts it."""
+        return "\n".join(shlex.join(["python", "run.py", "-m", *line]) for line in self.lines)
+
+    def same_line(self, line: Sequence[str]) -> bool:
+        """Whether these overrides are one of its lines, in any order."""
+        return any(sorted(own) == sorted(line) for own in self.lines)
+
+
+def read_plan(folder: Path) -> SweepPlan | None:
+    """The plan in a sweep's folder; None where another sweeper, or none, was at work."""
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    facts = json.loads(path.read_text())
+    return SweepPlan(facts["name"], facts["lines"], [PlannedJob(**job) for job in facts["jobs"]])
+
+
+def lease(folder: Path) -> Lease:
+    """The right to run the sweep of a folder, which ends with the process that holds it."""
+    return Lease(folder / "sweep.lock", SILENCE)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether the process that runs the sweep is alive."""
+    if not (folder / "sweep.lock").exists():
+        return False
+    mine = lease(folder)
+    if not mine.acquire():
+        return True
+    mine.release()
+    return False
+
+
+def own(overrides: Sequence[str]) -> list[str]:
+    """The overrides that make a job: without those that say how the sweep is run."""
+    return [o for o in overrides if not o.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/"))]
+
+
+def folder_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """A name for a job's folder that its overrides decide, in whatever order: swept values to read, and a hash."""
+    ordered = sorted(own(overrides))
+    sha = hashlib.sha256("\n".join(ordered).encode()).hexdigest()[:8]
+    values = [o.partition("=")[2] for o in ordered if o.partition("=")[0] in swept]
+    words = [re.sub(r"[^\w.]+", "_", value.rsplit("/", 1)[-1]).strip("_.") for value in values]
+    return "-".join([*filter(None, ["-".join(words)[:READABLE].strip("-_.")]), sha])
+
+
+def last_sweep(folder: Path, name: str, line: Sequence[str]) -> Path | None:
+    """The last sweep below `folder` that the same overrides started, else the last of this name."""
+    found = [(path.parent, plan) for path in folder.glob(f"*/{PLAN}") if (plan := read_plan(path.parent))]
+    found.sort(key=lambda pair: ((pair[0] / PLAN).stat().st_mtime, pair[0].name))
+    for fits in (lambda plan: plan.same_line(line), lambda plan: plan.name == name):
+        fitting = [path for path, plan in found if fits(plan)]
+        if fitting:
+            return fitting[-1]
+    return None
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every `record.json` below a sweep's folder by the folder of its run, relative to it; unreadable ones left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("**/record.json")):
+        try:
+            record = json.loads(path.read_text())
+        except (json.JSONDecodeError, OSError):
+            continue  # of another program, or just being replaced on a file system without atomic renames
+        if isinstance(record, dict) and "status" in record:
+            found[path.parent.relative_to(folder).as_posix()] = record
+    return found
+
+
+def recognise(jobs: Sequence[PlannedJob], records: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
+    """The folder in which an earlier run of the sweep did, or began, a job; by the job's number.
+
+    A record is a job's if its configuration has the same hash. What the hash leaves out, such as the export, may be
+    what the sweep is about: several jobs of one hash must have their own overrides in the record too.
+    """
+    shared = Counter(job.config_hash for job in jobs)
+    found: dict[int, str] = {}
+    for number, job in enumerate(jobs):
+        same = [name for name, record in records.items() if record.get("config_hash") == job.config_hash]
+        alike = [name for name in same if sorted(own(records[name].get("overrides", []))) == sorted(job.overrides)]
+        fitting = alike or (same if shared[job.config_hash] == 1 else [])
+        finished = [name for name in fitting if records[name]["status"] == "finished"]
+        if fitting:
+            found[number] = (finished or fitting)[0]
+    return found
+
+
+def set_aside(folder: Path, name: str) -> None:
+    """Move what another configuration left in a job's folder out of its way, so that nothing is mixed or lost."""
+    record = folder / name / "record.json"
+    if not record.exists():
+        return
+    record.replace(record.with_name("record_superseded.json"))  # first: it counts as a result no longer
+    place = folder / SUPERSEDED / name
+    number = 1
+    while place.exists():
+        number += 1
+        place = folder / SUPERSEDED / f"{name}_{number}"
+    place.parent.mkdir(exist_ok=True)
+    (folder / name).rename(place)

@@ -1,0 +1,240 @@
+"""The sweeper: every job once, whatever the launcher gives back and whenever, and refusals that help."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from callbacks.sweep_plan import lease, read_plan
+from hydra_plugins.calibrant_sweeper import keep_going
+from tests.callbacks.sweeps import record, write
+from tests.configuration import CONF
+
+Launch = Callable[[Sequence[Sequence[str]]], list[JobReturn]]
+
+
+class Launcher:
+    """Runs nothing; gives back what it is told, for each job or at the end."""
+
+    def __init__(self, answer: Launch) -> None:
+        self.answer, self.launched = answer, []
+
+    def launch(self, jobs: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        self.launched.append((initial_job_idx, [list(job) for job in jobs]))
+        return self.answer(jobs)
+
+
+def ended(job: Sequence[str], error: BaseException | str | None = None) -> JobReturn:
+    status = JobStatus.COMPLETED if error is None else JobStatus.FAILED
+    return JobReturn(overrides=list(job), status=status, _return_value=error)
+
+
+class Ends:
+    """A callback that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_multirun_end(self, **kwargs: Any) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[keep_going.KeepGoingSweeper, Launcher, Ends]]]:
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(
+        *line: str, answer: Launch | None = None, **options: Any
+    ) -> tuple[keep_going.KeepGoingSweeper, Launcher, Ends]:
+        Plugins.instance()  # which executes the modules of all plugins anew
+        setup_globals()
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", list(line), RunMode.MULTIRUN)
+        launcher, counted = Launcher(answer or (lambda jobs: [ended(job) for job in jobs])), Ends()
+        callbacks = Callbacks()
+        callbacks.callbacks.append(counted)  # pyright: ignore
+        monkeypatch.setattr("hydra.core.plugins.Plugins.instantiate_launcher", lambda *_, **__: launcher, raising=True)
+        sweeper = keep_going.KeepGoingSweeper(**({"max_batch_size": None} | options))
+        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        sweeper.setup(hydra_context=context, task_function=lambda cfg: None, config=config)
+        return sweeper, launcher, counted
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield prepare
+
+
+def task(sweeper: keep_going.KeepGoingSweeper) -> list[str]:
+    assert isinstance(sweeper.config, DictConfig)
+    return list(OmegaConf.to_container(sweeper.config.hydra.overrides.task))  # pyright: ignore
+
+
+SHORT = ("seed=0,1", "hydra.sweep.dir=sweep")
+LINE = ("bits=w4a4,w2a4", "seed=0,1", "hydra.sweep.dir=sweep")
+
+
+def test_the_jobs_are_those_of_hydras_sweeper_in_its_order(prepared: Callable[..., Any]) -> None:
+    sweeper, launcher, _ = prepared(*LINE)
+    sweeper.sweep(task(sweeper))
+    (first, jobs), *others = launcher.launched
+    parsed = OverridesParser.create().parse_overrides(list(LINE[:2]))
+    assert (first, others) == (0, [])
+    assert [[o for o in job if not o.startswith("hydra.")] for job in jobs] == BasicSweeper.split_arguments(
+        parsed, None
+    )[0]
+    assert len({o for job in jobs for o in job if o.startswith("hydra.sweep.subdir=")}) == 4
+
+
+def test_batches_are_no_larger_than_asked(prepared: Callable[..., Any]) -> None:
+    sweeper, launcher, _ = prepared(*LINE, max_batch_size=3)
+    sweeper.sweep(task(sweeper))
+    assert [(first, len(jobs)) for first, jobs in launcher.launched] == [(0, 3), (3, 1)]
+
+
+def test_failed_jobs_fail_the_sweep_after_all_have_run(prepared: Callable[..., Any]) -> None:
+    def answer(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+        return [ended(job, ValueError("no") if "seed=0" in job else None) for job in jobs]
+
+    sweeper, launcher, counted = prepared(*SHORT, answer=answer, max_batch_size=1)
+    with pytest.raises(SystemExit) as raised:
+        sweeper.sweep(task(sweeper))
+    assert raised.value.code == 1
+    assert len(launcher.launched) == 2
+    assert counted.count == 1
+    plan = read_plan(Path("sweep"))
+    assert plan is not None
+    assert [job.status for job in plan.jobs] == ["failed", "ended"]
+    assert plan.jobs[0].error == "ValueError: no"
+
+
+def test_a_launcher_that_raises_fails_what_it_has_not_finished(prepared: Callable[..., Any]) -> None:
+    turns = itertools.count()
+
+    def answer(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+        if next(turns) == 0:
+            plan = read_plan(Path("sweep"))
+            assert plan is not None
+            write(Path("sweep"), plan.jobs[1].folder, record(config_hash=plan.jobs[1].config_hash))
+            raise RuntimeError("the cluster is away")
+        return [ended(job) for job in jobs]
+
+    sweeper, _, counted = prepared("seed=0,1,2", "hydra.sweep.dir=sweep", answer=answer, max_batch_size=2)
+    with pytest.raises(SystemExit):
+        sweeper.sweep(task(sweeper))
+    plan = read_plan(Path("sweep"))
+    assert plan is not None
+    assert [(job.status, job.error) for job in plan.jobs] == [
+        ("failed", "RuntimeError: the cluster is away"),
+        ("ended", None),
+        ("ended", None),
+    ]
+    assert counted.count == 1
+
+
+def test_a_job_without_a_result_has_failed(prepared: Callable[..., Any]) -> None:
+    sweeper, _, _ = prepared(*SHORT, answer=lambda jobs: [ended(jobs[0])])
+    with pytest.raises(SystemExit):
+        sweeper.sweep(task(sweeper))
+    assert [job.status for job in read_plan(Path("sweep")).jobs] == ["ended", "failed"]  # pyright: ignore
+
+
+def test_an_interrupted_sweep_reports_and_leaves_no_lock(prepared: Callable[..., Any]) -> None:
+    def answer(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+        raise KeyboardInterrupt
+
+    sweeper, _, counted = prepared(*SHORT, answer=answer)
+    with pytest.raises(KeyboardInterrupt):
+        sweeper.sweep(task(sweeper))
+    assert counted.count == 1
+    assert not list(Path("sweep").glob("*.lock"))
+
+
+def test_a_mistake_in_one_job_is_found_before_any_runs(prepared: Callable[..., Any]) -> None:
+    sweeper, launcher, counted = prepared("bits=w4a4,w1a1", "hydra.sweep.dir=sweep")
+    with pytest.raises(Exception, match="w1a1"):
+        sweeper.sweep(task(sweeper))
+    assert launcher.launched == []
+    assert counted.count == 0
+
+
+def test_what_is_asked_for_twice_runs_once(prepared: Callable[..., Any]) -> None:
+    sweeper, launcher, _ = prepared("seed=0,1,0", "hydra.sweep.dir=sweep")
+    sweeper.sweep(task(sweeper))
+    assert len(launcher.launched[0][1]) == 2
+
+
+def test_a_resumed_sweep_runs_what_no_record_of_this_configuration_has_finished(prepared: Callable[..., Any]) -> None:
+    sweeper, _, _ = prepared(*LINE)
+    sweeper.sweep(task(sweeper))
+    plan = read_plan(Path("sweep"))
+    assert plan is not None
+    states = ["finished", "running", "finished"]
+    for job, status in zip(plan.jobs, states, strict=False):
+        write(Path("sweep"), job.folder, record(status=status, config_hash=job.config_hash, overrides=job.overrides))
+    write(Path("sweep"), plan.jobs[3].folder, record(config_hash="altered", overrides=plan.jobs[3].overrides))
+    sweeper, launcher, _ = prepared(*LINE, "sweep.resume=true")
+    sweeper.sweep(task(sweeper))
+    (jobs,) = [jobs for _, jobs in launcher.launched]
+    begun = str(Path("sweep").absolute() / plan.jobs[1].folder)
+    assert [[o for o in job if o.startswith("resume=")] for job in jobs] == [[f"resume='{begun}'"], []]
+    assert [job[:2] for job in jobs] == [["bits=w4a4", "seed=1"], ["bits=w2a4", "seed=1"]]
+    assert (Path("sweep") / "superseded" / plan.jobs[3].folder / "record_superseded.json").exists()
+    assert [job.status for job in read_plan(Path("sweep")).jobs] == ["done", "ended", "done", "ended"]  # pyright: ignore
+
+
+def test_without_resume_everything_runs(prepared: Callable[..., Any]) -> None:
+    for _ in range(2):
+        sweeper, launcher, _ = prepared(*SHORT)
+        sweeper.sweep(task(sweeper))
+        assert len(launcher.launched[0][1]) == 2
+
+
+def test_there_must_be_a_sweep_to_go_on_with(prepared: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"sweep\.resume: expected an earlier sweep"):
+        prepared("seed=0,1", "sweep.resume=true")
+    sweeper, _, _ = prepared("seed=0,1", "sweep.resume=true", "hydra.sweep.dir=new")
+    assert sweeper.folder == Path("new").absolute()
+
+
+def test_the_last_sweep_of_the_line_is_found(prepared: Callable[..., Any]) -> None:
+    folders = []
+    for line in (["seed=0,1", "bits=w4a4"], ["seed=2,3"]):
+        sweeper, _, _ = prepared(*line, f"hydra.sweep.dir=multirun/{len(folders)}")
+        sweeper.sweep(task(sweeper))
+        folders.append(sweeper.folder)
+    sweeper, _, _ = prepared("bits=w4a4", "seed=0,1", "sweep.resume=true")
+    assert sweeper.folder == folders[0]
+    assert sweeper.config.hydra.sweep.dir == str(folders[0])
+
+
+def test_a_running_sweep_is_not_run_twice(prepared: Callable[..., Any]) -> None:
+    sweeper, launcher, _ = prepared(*SHORT)
+    with lease(Path("sweep").absolute()).held(0), pytest.raises(ValueError, match="still running"):
+        sweeper.sweep(task(sweeper))
+    assert launcher.launched == []
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "x=1,y=2", "{a}", "[b]", "back\\slash", "end\\"])
+def test_a_quoted_value_is_read_back(value: str) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([f"resume={keep_going.quoted(value)}"])
+    assert parsed.value() == value
+
+
+def test_chunks() -> None:
+    assert [list(part) for part in keep_going.chunks([1, 2, 3], 2)] == [[1, 2], [3]]
+    assert [list(part) for part in keep_going.chunks([1, 2, 3], None)] == [[1, 2, 3]]
+    assert list(keep_going.chunks([], None)) == []
