@@ -25,7 +25,8 @@ from lightning_modules.allocation import FILE, known_bits
 from lightning_modules.exporting import chosen_export, export_student
 from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
-from lightning_modules.job import Job, leave_process_group, open_job
+from lightning_modules.job import Job, open_job
+from lightning_modules.processes import leave_process_group
 from lightning_modules.saved_runs import plain
 from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference, sizes
 from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of

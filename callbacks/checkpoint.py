@@ -34,8 +34,11 @@ class StageCheckpoint(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         due = trainer.strategy.broadcast(time.monotonic() - self.last >= self.every_seconds)
-        if not due:
-            return
+        if due:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file now; every process of a run has to call."""
         target = self.path(pl_module)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")

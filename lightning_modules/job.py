@@ -13,8 +13,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
@@ -27,6 +25,8 @@ from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
 from lightning_modules.allocation import Allocation, Uniform
 from lightning_modules.corrections import Corrections
+from lightning_modules.interruption import Interrupted, Interruption, StopAtStep, go_on_after_restart
+from lightning_modules.processes import end_with_parent, limit_threads, refuse_parallel_multirun
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Job:
         ledger: every real data set that is opened, and at which stage.
         loggers: one set for all stages.
         fitted: the stages that trained in this process.
+        interruption: what signals ask for.
     """
 
     source: CalibrationSource
@@ -65,6 +66,7 @@ class Job:
         self.ledger = DataLedger(data_free=True)  # until it is known where the images come from
         self.loggers: list[Logger] = []
         self.fitted: list[str] = []
+        self.interruption = Interruption()
 
     def open(self) -> None:
         """Find out where images and widths come from and what is corrected, and start the configured loggers."""
@@ -112,7 +114,9 @@ class Job:
         The smaller `log_every_n_steps` of the two wins, so that a debugging trainer still sees each step.
         """
         observers = list(instantiate(self.cfg.callbacks).values())
-        settings = plain(self.cfg.trainer) | {
+        observers.append(StopAtStep(self.interruption, observers))
+        chosen = {key: value for key, value in plain(self.cfg.trainer).items() if key != "threads"}
+        settings = chosen | {
             "logger": self.loggers or False,
             "callbacks": observers,
             "default_root_dir": self.folder,
@@ -153,26 +157,34 @@ class Job:
 def open_job(cfg: DictConfig) -> Iterator[Job]:
     """Open a run, and close its loggers and its record also when it fails.
 
+    A signal to stop (`Interruption`) leaves the status "interrupted"; a job that was requeued goes on in its folder.
+
     Raises:
         ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again.
     """
     refuse_parallel_multirun(cfg)
+    end_with_parent(cfg.trainer.get("devices", 1))
     cfg, folder = saved_configuration(cfg)
+    go_on_after_restart(cfg, folder)
+    limit_threads(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     job = Job(cfg, folder)
-    status = "failed"
-    try:
-        job.open()
-        yield job
-        status = "finished"
-    except BaseException as error:
-        job.record.add(error=f"{type(error).__name__}: {error}")
-        raise
-    finally:
+    with job.interruption:
+        status = "failed"
         try:
-            job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
+            job.open()
+            yield job
+            status = "finished"
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, Interrupted) else status
+            job.record.add(error=f"{type(error).__name__}: {error}")
+            raise
         finally:
-            close(job, status)
+            job.interruption.closing = True
+            try:
+                job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
+            finally:
+                close(job, status)
 
 
 def close(job: Job, status: str) -> None:
@@ -186,12 +198,6 @@ def close(job: Job, status: str) -> None:
                 logger.conclude(job.folder, job.record.facts)
 
 
-def leave_process_group() -> None:
-    """End the communication of a shared stage, so that later ones do not wait for processes that are gone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def quieten() -> None:
     """Leave out what Lightning says at every stage of every run; its errors and other warnings stay."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
@@ -201,6 +207,7 @@ def quieten() -> None:
     )  # Lightning 2.6 on torch 2.13+
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", "The '.*' does not have many workers")  # tensors in memory need none
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # a run need not be a job of Slurm's
 
 
 def keep_metrics(folder: Path) -> None:
@@ -212,15 +219,3 @@ def keep_metrics(folder: Path) -> None:
     warnings.filterwarnings(
         "ignore", "Experiment logs directory .* exists and is not empty"
     )  # it deletes none of these
-
-
-def refuse_parallel_multirun(cfg: DictConfig) -> None:
-    """Raise for `--multirun` with several processes a job: each process would run the whole sweep again."""
-    devices = cfg.trainer.get("devices", 1)
-    several = str(devices) not in ("1", "auto", "[0]") and HydraConfig.initialized()
-    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher") if several else None
-    if several and HydraConfig.get().mode == RunMode.MULTIRUN and launcher in (None, "basic"):
-        raise ValueError(
-            f"trainer.devices: expected 1 in a multirun with the basic launcher, got {devices}; each process would "
-            "run the whole sweep again. Give every job its own process (a submitit launcher) or one device."
-        )
