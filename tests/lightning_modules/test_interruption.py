@@ -143,7 +143,7 @@ def test_the_wandb_run_is_the_same_after_a_restart(tmp_path: Path) -> None:
     run_job(cfg)
     files = [path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
     assert len(files) >= 1
-    assert set(files) == {f"run-{(tmp_path / 'wandb_id').read_text().strip()}"}
+    assert set(files) == {f"run-{json.loads((tmp_path / 'wandb_run.json').read_text())['id']}"}
 
 
 def test_threads_are_those_asked_for() -> None:
