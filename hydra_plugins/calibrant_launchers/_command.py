@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 OF_THE_SWEEP = (
@@ -21,7 +22,8 @@ def command_of(config: DictConfig, overrides: Sequence[str], folder: Path, num: 
 
     What concerns the sweep itself is left out: its launcher, sweeper and folders.
     """
-    kept = [o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
+    said: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    kept = [o for o in said if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
     return [
         sys.executable,
         *_program(),

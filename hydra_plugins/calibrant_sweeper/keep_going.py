@@ -43,10 +43,13 @@ class KeepGoingSweeper(BasicSweeper):
         """
         from callbacks.sweep_plan import own
 
-        written = list(config.hydra.overrides.hydra)
+        said: Any = OmegaConf.to_container(
+            config.hydra.overrides, resolve=False
+        )  # theirs may hold what only a job knows
+        written = said["hydra"]
         params = [o for o in written if o.lstrip("+").startswith("hydra.sweeper.params")]
         self.plan: SweepPlan | None = None
-        self.line = [*own(config.hydra.overrides.task), *params]
+        self.line = [*own(said["task"]), *params]
         self.resumes = bool(OmegaConf.select(config, "sweep.resume"))
         self.names_folders = not any(o.startswith("hydra.sweep.subdir=") for o in written)
         folder = Path(config.hydra.sweep.dir)
@@ -151,10 +154,11 @@ class KeepGoingSweeper(BasicSweeper):
             overrides = [o for o in combination if not o.startswith(("sweep.", "+sweep.", "++sweep."))]
             config = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
+                config.hydra.job.num = len(prepared)
+                name = folder_name(overrides, swept) if self.names_folders else str(config.hydra.sweep.subdir)
                 config.pop("hydra")
             named_by = OmegaConf.to_container(config, resolve=False)
             assert isinstance(named_by, dict)
-            name = folder_name(overrides, swept) if self.names_folders else ""
             job = PlannedJob(name, own(overrides), config_hash({str(k): v for k, v in named_by.items()}))
             key = " ".join(sorted(job.overrides))
             if key in prepared:
@@ -188,8 +192,11 @@ class KeepGoingSweeper(BasicSweeper):
     def _placed(self, overrides: Sequence[str], name: str) -> list[str]:
         """The overrides with the folder of sweep and job, for a launcher that composes on another machine."""
         others = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.sweep.subdir="))]
-        subdir = [f"hydra.sweep.subdir={quoted(name)}"] if name else []
-        return [*others, f"hydra.sweep.dir={quoted(str(self.folder))}", *subdir]
+        return [
+            *others,
+            f"hydra.sweep.dir={quoted(str(self.folder))}",
+            f"hydra.sweep.subdir={quoted(name)}",
+        ]
 
     def _launch(self, batch: Sequence[tuple[Any, list[str]]], first: int) -> Sequence[JobReturn]:
         """Launch a batch; a launcher that raises fails the jobs of its batch that have no result, not the sweep."""

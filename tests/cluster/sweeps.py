@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from callbacks.sweep_plan import read_plan
 from tests.configuration import ROOT, SMALL
 
 QUICK = (*SMALL, "calibration=noise", "reconstruction.iterations=4", "callbacks.checkpoint.every_seconds=1000")
@@ -53,6 +54,12 @@ def until(what: Callable[[], Any], seconds: float = 180) -> None:
     while not what():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.1)
+
+
+def place(sweep: Path, number: int) -> Path:
+    """The folder of a sweep's job, by its place in the sweep; a folder that is not there until the sweep is planned."""
+    plan = read_plan(sweep)
+    return sweep / (plan.jobs[number].folder if plan is not None else "unplanned")
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.pace import paced, where
-from tests.cluster.sweeps import QUICK, alive, call, output_of, record, started, until
+from tests.cluster.sweeps import QUICK, alive, call, output_of, place, record, started, until
 
 DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
@@ -41,17 +41,17 @@ def test_two_processes_a_job_in_a_sweep(tmp_path: Path) -> None:
     code, output = call(tmp_path, "-m", *QUICK, *DDP, "seed=0,1", "hydra/launcher=processes", "hydra.sweep.dir=sweep")
     assert code == 0, output
     for seed in (0, 1):
-        facts = record(tmp_path / "sweep" / str(seed))
+        facts = record(place(tmp_path / "sweep", seed))
         assert (facts["status"], facts["config"]["seed"]) == ("finished", seed)
-        assert not (tmp_path / "sweep" / str(seed) / "result.pkl").exists()
+        assert not (place(tmp_path / "sweep", seed) / "result.pkl").exists()
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_its_job_and_nothing_else(tmp_path: Path) -> None:
     options = ("hydra/launcher=processes", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep")
     with started(tmp_path, "-m", *QUICK, *DDP, "seed=0,1", *options, paced(0.2)) as process:
-        first = tmp_path / "sweep" / "0"
-        until(lambda: where(first)[1] > 2)
+        until(lambda: where(place(tmp_path / "sweep", 0))[1] > 2)
+        first = place(tmp_path / "sweep", 0)
         main = next(each for each in with_parent(process.pid) if where(first)[0] in session_of(each))
         members = session_of(main)
         assert len(members) == 2
@@ -59,7 +59,7 @@ def test_a_killed_process_ends_its_job_and_nothing_else(tmp_path: Path) -> None:
         until(lambda: not alive(members), 60)  # a minute is the promise
         assert process.wait(180) != 0
         assert re.search("job #0 (ended with signal|failed)", output_of(tmp_path))
-        assert record(tmp_path / "sweep" / "1")["status"] == "finished"
+        assert record(place(tmp_path / "sweep", 1))["status"] == "finished"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from run import run_job
 from tests.cluster.pace import paced, where
-from tests.cluster.sweeps import QUICK, call, output_of, record, same_student, started, until
+from tests.cluster.sweeps import QUICK, call, output_of, place, record, same_student, started, until
 from tests.configuration import composed
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -67,16 +67,16 @@ def jobs_of(sweep: Path) -> list[dict[str, str]]:
 def test_a_sweep_outlives_what_happens_to_its_jobs(cluster: str, tmp_path: Path) -> None:
     sweep, settings = tmp_path / "sweep", (*QUICK, "reconstruction.iterations=8")
     with started(tmp_path, "-m", *settings, *ON_SLURM, "seed=0,1,2,3,4", paced(0.8)) as process:
-        until(lambda: all(where(sweep / str(job))[1] >= 6 for job in range(5)))
+        until(lambda: all(where(place(sweep, job))[1] >= 6 for job in range(5)))
         jobs = [row["slurm_id"] for row in jobs_of(sweep)]
         assert len({job.split("_")[0] for job in jobs}) == 1  # one array
         slurm("scontrol", "update", f"nodename={cluster}", "state=drain", "reason=test")
         slurm("scancel", "--signal=USR2", jobs[1])  # as before a time limit or a preemption
         slurm("scontrol", "requeue", jobs[2])  # as an administrator does, or Slurm when a node is lost
         slurm("scancel", jobs[3])
-        os.kill(where(sweep / "4")[0], signal.SIGKILL)  # as the system does when memory is short
+        os.kill(where(place(sweep, 4))[0], signal.SIGKILL)  # as the system does when memory is short
         until(lambda: states().keys() <= {jobs[0], jobs[1], jobs[2]} and states().get(jobs[1]) == "PD")
-        assert record(sweep / "1")["status"] == "interrupted"
+        assert record(place(sweep, 1))["status"] == "interrupted"
         until(lambda: states().get(jobs[2]) == "PD")
         slurm("scontrol", "update", f"nodename={cluster}", "state=resume")
         assert process.wait(180) != 0
@@ -87,14 +87,14 @@ def test_a_sweep_outlives_what_happens_to_its_jobs(cluster: str, tmp_path: Path)
         for job in range(3):
             alone = tmp_path / f"alone{job}"
             metrics = run_job(composed([*settings, f"seed={job}"], alone))
-            facts = record(sweep / str(job))
+            facts = record(place(sweep, job))
             assert (facts["status"], facts["metrics"]) == ("finished", metrics)
-            assert same_student(sweep / str(job), alone)
+            assert same_student(place(sweep, job), alone)
             assert len(facts.get("earlier_stages", [])) == (job > 0)
         for job in (1, 2):
             log = Path(jobs_of(sweep)[job]["log"])
             text = log.read_text() + log.with_suffix(".out").read_text()
-            assert f"resuming from {sweep / str(job)}/checkpoints/reconstruction.ckpt" in text
+            assert f"resuming from {place(sweep, job)}/checkpoints/reconstruction.ckpt" in text
 
 
 def test_ctrl_c_cancels_the_array(cluster: str, tmp_path: Path) -> None:
@@ -112,5 +112,5 @@ def test_two_tasks_of_a_job_reconstruct_together(cluster: str, tmp_path: Path) -
     two = ("hydra/launcher=slurm_ddp", "hydra.launcher.gpus_per_node=null", *ON_SLURM[1:])
     code, output = call(tmp_path, "-m", *QUICK, *two, "trainer=ddp", "trainer.accelerator=cpu", "seed=7")
     assert code == 0, output
-    facts = record(tmp_path / "sweep" / "0")
+    facts = record(place(tmp_path / "sweep", 0))
     assert (facts["status"], facts["config"]["seed"]) == ("finished", 7)

@@ -20,6 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from lightning_modules.saved_students import load_student_from
 from run import run_job
 from tests.callbacks.offline_runs import OfflineRun, read_runs
+from tests.cluster.sweeps import place
 from tests.configuration import ROOT, SMALL, composed
 from tests.end_to_end.test_command_line import call
 
@@ -61,7 +62,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = [*QUIET, "trainer.log_every_n_steps=1", "logger=many", "tags=[mine]"]
     done = call(folder, "-m", *small, "bits.weight=4,1,3", "hydra.sweep.dir=study", "paths.store=store", "export=onnx")
     assert done.returncode != 0
-    assert "bits.weight" in done.stderr
+    assert "bits.weight" in done.stdout + done.stderr
     return folder / "study"
 
 
@@ -70,14 +71,14 @@ def runs(sweep: Path) -> list[OfflineRun]:
     """Of the jobs, in their order."""
     by_id = {run.id: run for run in read_runs(sweep / "wandb")}
     assert len(by_id) == 3
-    return [by_id[json.loads((sweep / name / "wandb_run.json").read_text())["id"]] for name in ("0", "1", "2")]
+    return [by_id[json.loads((place(sweep, i) / "wandb_run.json").read_text())["id"]] for i in range(3)]
 
 
 def test_every_job_has_its_own_run(sweep: Path, runs: list[OfflineRun]) -> None:
     assert len(runs) == len({run.id for run in runs}) == 3
     assert [run.exit_code for run in runs] == [0, 1, 0]
-    for run, name, bits in zip(runs, ("0", "1", "2"), (4, 1, 3), strict=True):
-        record = json.loads((sweep / name / "record.json").read_text())
+    for run, number, bits in zip(runs, (0, 1, 2), (4, 1, 3), strict=True):
+        record = json.loads((place(sweep, number) / "record.json").read_text())
         assert run.config["bits"]["weight"] == bits
         for key in ("commit", "config_hash", "overrides"):
             assert run.config[key] == record[key]
@@ -97,17 +98,17 @@ def test_the_viewer_of_wandb_reads_the_file(runs: list[OfflineRun]) -> None:
 
 
 def test_all_loggers_have_the_same_metrics(sweep: Path, runs: list[OfflineRun]) -> None:
-    for name, run in (("0", runs[0]), ("2", runs[2])):
-        rows = of_csv(sweep / name)
+    for number, run in ((0, runs[0]), (2, runs[2])):
+        rows = of_csv(place(sweep, number))
         assert of_wandb(run) == nearly(rows)
-        assert of_tensorboard(sweep / name) == nearly(rows)
+        assert of_tensorboard(place(sweep, number)) == nearly(rows)
         assert {
             "reconstruction/loss",
             "reconstruction/layer1.0/error_hard",
             "test/quantized/top1",
             "size/bytes",
         } <= set(rows)
-        metrics = json.loads((sweep / name / "record.json").read_text())["metrics"]
+        metrics = json.loads((place(sweep, number) / "record.json").read_text())["metrics"]
         assert {key: rows[key][-1][1] for key in metrics} == metrics
 
 
@@ -119,11 +120,11 @@ def test_each_stage_counts_its_own_steps(runs: list[OfflineRun]) -> None:
 
 
 def test_pictures_and_tables_are_those_of_the_folder(sweep: Path, runs: list[OfflineRun]) -> None:
-    for name, run in (("0", runs[0]), ("2", runs[2])):
+    for number, run in ((0, runs[0]), (2, runs[2])):
         (((_, picture)),) = run.series("images/samples")
-        assert run.file(picture).read_bytes() == (sweep / name / "images.png").read_bytes()
+        assert run.file(picture).read_bytes() == (place(sweep, number) / "images.png").read_bytes()
         for table, file in (("reconstruction/units", "units.csv"), ("convert/quantizers", "quantizers.csv")):
-            rows = list(csv.DictReader((sweep / name / file).read_text().splitlines()))
+            rows = list(csv.DictReader((place(sweep, number) / file).read_text().splitlines()))
             assert [{key: str(value) for key, value in row.items()} for row in run.table(table)] == [
                 {key: str(known) for key, known in zip(row, map(value_of, row.values()), strict=True)} for row in rows
             ]
@@ -135,7 +136,7 @@ def value_of(cell: str) -> float | str | None:
 
 def test_artifacts_hold_what_loads_the_student_again(sweep: Path, runs: list[OfflineRun], tmp_path: Path) -> None:
     run = runs[0]
-    digest = json.loads((sweep / "0" / "record.json").read_text())["images"]["digest"]
+    digest = json.loads((place(sweep, 0) / "record.json").read_text())["images"]["digest"]
     images, student, export = (
         run.artifacts[name] for name in (f"images-{digest}", f"student-{run.id}", f"onnx-{run.id}")
     )
@@ -155,7 +156,7 @@ def test_a_job_resumed_outside_its_sweep_continues_its_run(
     sweep: Path, runs: list[OfflineRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sweep.parent)
-    run_job(composed([f"resume={sweep / '2'}"], tmp_path))
+    run_job(composed([f"resume={place(sweep, 2)}"], tmp_path))
     again = [run for run in read_runs(sweep) if run.id == runs[2].id]
     assert [run.group for run in again] == ["study", "study"]
     assert len({run.folder.parent for run in again}) == 1

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.report import result_row
@@ -78,6 +79,15 @@ def test_debugging_runs_every_stage(tmp_path: Path) -> None:
     assert set(stages) == {"teacher", "convert", "images", "ranges", "reconstruct", "evaluation"}
 
 
+def values_of(text: str) -> list[str]:
+    """What a sweep gives to a key: all of a list or range, both ends of an interval."""
+    override = OverridesParser.create().parse_override(text)
+    if override.is_interval_sweep():
+        interval = override.value()
+        return [str(interval.start), str(interval.end)]
+    return list(override.sweep_string_iterator())
+
+
 @pytest.mark.parametrize("sweep", options("sweep"))
 def test_every_job_of_a_sweep_composes(sweep: str) -> None:
     text = (CONF / "sweep" / f"{sweep}.yaml").read_text()
@@ -85,6 +95,6 @@ def test_every_job_of_a_sweep_composes(sweep: str) -> None:
     assert f"sweep={sweep}" in command.split()
     fixed = [word for word in command.split() if word.startswith("experiment=")]
     for key, values in OmegaConf.create(text).hydra.sweeper.params.items():
-        for value in str(values).split(","):
-            cfg = composed([*fixed, f"{key}={value.strip()}"])
+        for value in values_of(f"{key}={values}"):
+            cfg = composed([*fixed, f"{key}={value}"])
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

@@ -80,7 +80,7 @@ def prepared(
 
 def task(sweeper: keep_going.KeepGoingSweeper) -> list[str]:
     assert isinstance(sweeper.config, DictConfig)
-    return list(OmegaConf.to_container(sweeper.config.hydra.overrides.task))  # pyright: ignore
+    return list(OmegaConf.to_container(sweeper.config.hydra.overrides.task, resolve=False))  # pyright: ignore
 
 
 SHORT = ("seed=0,1", "hydra.sweep.dir=sweep")
@@ -97,6 +97,17 @@ def test_the_jobs_are_those_of_hydras_sweeper_in_its_order(prepared: Callable[..
         parsed, None
     )[0]
     assert len({o for job in jobs for o in job if o.startswith("hydra.sweep.subdir=")}) == 4
+
+
+def test_folders_are_those_that_were_asked_for(prepared: Callable[..., Any]) -> None:
+    inside = "+callbacks.own={folder:'${paths.output}'}"  # known to jobs alone
+    sweeper, launcher, _ = prepared(*SHORT, inside, "hydra.sweep.subdir=job_${hydra.job.num}")
+    sweeper.sweep(task(sweeper))
+    plan = read_plan(Path("sweep"))
+    assert plan is not None
+    assert [job.folder for job in plan.jobs] == ["job_0", "job_1"]
+    for number, job in enumerate(launcher.launched[0][1]):
+        assert [o for o in job if "subdir" in o] == [f"hydra.sweep.subdir='job_{number}'"]
 
 
 def test_batches_are_no_larger_than_asked(prepared: Callable[..., Any]) -> None:

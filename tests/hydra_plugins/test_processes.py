@@ -17,7 +17,7 @@ from hydra_plugins.calibrant_launchers._command import command_of, quoted
 from hydra_plugins.calibrant_launchers._environment import changed, cores, divided
 from hydra_plugins.calibrant_launchers._results import RESULT, SaveResult
 from hydra_plugins.calibrant_launchers.processes import ProcessesLauncher
-from tests.cluster.sweeps import call, record
+from tests.cluster.sweeps import call, place, record
 from tests.configuration import SMALL
 
 
@@ -86,8 +86,8 @@ def test_a_failing_job_fails_alone(tmp_path: Path) -> None:
     code, output = call(tmp_path, "-m", *SMALL, "calibration=noise", "bits.weight=1,4", *options)
     assert code != 0
     assert "bits.weight" in output
-    assert record(tmp_path / "sweep" / "0")["status"] == "failed"
-    facts = record(tmp_path / "sweep" / "1")
+    assert record(place(tmp_path / "sweep", 0))["status"] == "failed"
+    facts = record(place(tmp_path / "sweep", 1))
     assert facts["status"] == "finished"
     assert f"{max(1, min(cores() // 2, int(os.environ.get('OMP_NUM_THREADS', 99))))} threads" in facts["machine"]
     assert not list((tmp_path / "sweep").glob(f"*/{RESULT}"))
@@ -97,7 +97,7 @@ def test_two_joblib_jobs_share_one_synthesis(tmp_path: Path) -> None:
     options = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep")
     code, output = call(tmp_path, "-m", *SMALL, "bits=w4a4,w3a3", *options, "trainer.threads=1")
     assert code == 0, output
-    facts = [record(tmp_path / "sweep" / job) for job in ("0", "1")]
+    facts = [record(place(tmp_path / "sweep", job)) for job in (0, 1)]
     assert {each["images"]["digest"] for each in facts} == {facts[0]["images"]["digest"]}
     assert sorted(each["images"]["from_store"] for each in facts) == [False, True]
     assert all(each["machine"].endswith(" 1 threads") for each in facts)

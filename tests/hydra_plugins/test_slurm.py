@@ -24,7 +24,7 @@ from hydra_plugins.calibrant_launchers.slurm import SlurmLauncher
 from lightning_modules.processes import refuse_parallel_multirun
 from run import run_job
 from tests.cluster.pace import paced, where
-from tests.cluster.sweeps import QUICK, output_of, record, same_student, started, until
+from tests.cluster.sweeps import QUICK, output_of, place, record, same_student, started, until
 from tests.configuration import CONF, ROOT, composed, options
 
 
@@ -173,11 +173,11 @@ def test_a_requeued_job_goes_on_to_the_result_of_an_undisturbed_one(tmp_path: Pa
     sweep = tmp_path / "sweep"
     arguments = ("-m", *QUICK, "seed=3", "hydra/launcher=slurm_local", "hydra.sweep.dir=sweep", paced(0.5))
     with started(tmp_path, *arguments) as process:
-        until(lambda: where(sweep / "0")[1] >= 3)
-        os.kill(where(sweep / "0")[0], signal.SIGUSR2)
+        until(lambda: where(place(sweep, 0))[1] >= 3)
+        os.kill(where(place(sweep, 0))[0], signal.SIGUSR2)
         assert process.wait(120) == 0, output_of(tmp_path)
     metrics = run_job(composed([*QUICK, "seed=3"], tmp_path / "alone"))
-    facts = record(sweep / "0")
+    facts = record(place(sweep, 0))
     assert (facts["status"], facts["metrics"]) == ("finished", metrics)
     assert len(facts["earlier_stages"]) == 1
-    assert same_student(sweep / "0", tmp_path / "alone")
+    assert same_student(place(sweep, 0), tmp_path / "alone")
