@@ -1,7 +1,7 @@
 """Accuracy against size: the integer program, greedy search and equal widths under the same budgets.
 
-    python benchmarks/pareto.py cifar10_resnet20 -- experiment=cifar10_resnet20_ranges bits.activation=8
-    python benchmarks/pareto.py cifar10_resnet20 --collect multirun/<folder> ...     runs that have already been made
+    python -m benchmarks.pareto cifar10_resnet20 -- experiment=cifar10_resnet20_ranges bits.activation=8
+    python -m benchmarks.pareto cifar10_resnet20 --collect multirun/<folder> ...     runs that have already been made
 
 A budget of b average bits is the size of the network with b bits everywhere; equal widths spend a budget of 3.5 as 3.
 Writes `benchmarks/results/pareto_<name>.csv` (one row a run), `.png`, and `pareto_<name>_additivity.csv` (random

@@ -1,7 +1,7 @@
 """What a sweep costs beyond its jobs: 12 jobs that need no new images, against 12 times one of them.
 
-python benchmarks/sweep_overhead.py                     prints the ratio and adds a row to results/sweep_overhead.csv
-python benchmarks/sweep_overhead.py -- model=tiny       another job
+python -m benchmarks.sweep_overhead                     prints the ratio and adds a row to results/sweep_overhead.csv
+python -m benchmarks.sweep_overhead -- model=tiny       another job
 
 The images and the float network's answers are in the store before anything is timed. `alone` is the wall time of one
 job in a process of its own, as anyone would start it; `sweep` that of all of them, report included; `stages` what the
@@ -11,7 +11,6 @@ jobs themselves say they worked. In turns, medians, so that what else the machin
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -22,11 +21,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.table import RESULTS, ROOT, read_rows
 from callbacks.report import write_csv
 from callbacks.run_record import commit, machine
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "sweep_overhead.csv"
+OUTPUT = RESULTS / "sweep_overhead.csv"
 JOBS = 12
 ALLOWED = 1.2
 SWEPT = ["bits.weight=2,3,4,5,6,8", "bits.activation=4,8"]  # 12 jobs of the same images
@@ -69,7 +68,7 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("job", nargs="*", help="overrides, after --")
     given = parser.parse_args()
     found = measure(given.job, given.rounds)
@@ -85,8 +84,7 @@ def main() -> None:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    earlier = list(csv.DictReader(given.output.read_text().splitlines())) if given.output.exists() else []
-    write_csv(given.output, [*earlier, row])
+    write_csv(given.output, [*read_rows(given.output), row])
     for key, value in row.items():
         print(f"{key:>16}: {value}")
     print(f"{JOBS} jobs took {ratio:.2f} times {JOBS} single ones; at most {ALLOWED} is promised")

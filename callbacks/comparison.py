@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from callbacks.report import flat
 from callbacks.run_record import UNHASHED
 from callbacks.sweep_results import group, read_sweep, settings_that_differ, spread
-from callbacks.sweep_runs import Run, flat
+from callbacks.sweep_runs import Run
 
 ABSENT = "(absent)"
 ORIGINS = ("commit", "machine")

@@ -46,12 +46,13 @@ def differences(cfg: DictConfig) -> list[tuple[str, str, str]]:
     return [(key, old, new) for key, old, new in pairs if old != new]
 
 
-def flat(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
-    """Leaves of a configuration by dotted key, interpolations as they are written."""
+def flat(config: DictConfig | Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Leaves of a configuration by dotted key, as text, interpolations as they are written."""
+    plain: Any = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
     leaves: dict[str, str] = {}
-    for key, value in (OmegaConf.to_container(cfg, resolve=False) or {}).items():  # pyright: ignore
-        if isinstance(value, dict) and value:
-            leaves |= flat(OmegaConf.create(value), f"{prefix}{key}.")
+    for key, value in (plain or {}).items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
             leaves[f"{prefix}{key}"] = str(value)
     return leaves
@@ -124,12 +125,17 @@ def flag_float_accuracy(measured: float, stated: float | None, tolerance: float)
     return message
 
 
+def all_stages(facts: Mapping[str, Any]) -> list[Mapping[str, float]]:
+    """What every stage took, those before a kill included."""
+    return [stage for part in (*facts.get("earlier_stages", []), facts.get("stages", {})) for stage in part.values()]
+
+
 def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
     allocation = facts.get("allocation", {})
     synthetic = facts["images"]["origin"] == "synthetic"
-    parts = [*facts.get("earlier_stages", []), facts["stages"]]
+    stages = all_stages(facts)
     return {
         "network": facts["teacher"]["name"],
         "float_top1": round(metrics["test/float/top1"], 2),
@@ -143,8 +149,8 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["seed"],
         "top1": round(metrics["test/quantized/top1"], 2),
         "agreement": round(metrics["test/quantized/agreement"], 2),
-        "seconds": round(sum(stage["seconds"] for part in parts for stage in part.values()), 1),
-        "peak_mib": max(stage["peak_mib"] for part in parts for stage in part.values()),
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "peak_mib": max(stage["peak_mib"] for stage in stages),
         "machine": facts["machine"],
         "commit": facts["commit"],
         "date": facts["started"][:10],

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from callbacks.report import all_stages, flat
 from callbacks.sweep_plan import FAILURE, SweepPlan, is_running, own, read_plan, read_records
 
 STATUSES = ("finished", "running", "waiting", "failed", "interrupted", "not run")
@@ -41,8 +42,7 @@ class Run:
         """Of all stages, those before a kill included; None without a record."""
         if not self.record:
             return None
-        parts = [*self.record.get("earlier_stages", []), self.record.get("stages", {})]
-        return sum(stage["seconds"] for part in parts for stage in part.values())
+        return sum(stage["seconds"] for stage in all_stages(self.record))
 
     def metric(self, network: str, name: str = "top1") -> float | None:
         """`test/<network>/<name>`, or None where it was not measured."""
@@ -98,14 +98,3 @@ def _run(
             status, error = "interrupted", "killed, or the machine went down; sweep.resume=true goes on with it"
     leaves = flat(record.get("config", {}))
     return Run(name, folder / name, str(status), record, own(overrides), error, leaves)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Values of a configuration by dotted key, as text."""
-    leaves: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = str(value)
-    return leaves

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.checkpoint import StageCheckpoint
-from callbacks.run_record import UNHASHED, digest
+from callbacks.run_record import config_hash
 from lightning_modules.saved_runs import plain
 
 log = logging.getLogger(__name__)
@@ -138,17 +138,13 @@ def go_on_after_restart(cfg: DictConfig, folder: Path) -> None:
     if not restarted() or cfg.resume or cfg.evaluate or not path.exists():
         return
     earlier, now = json.loads(path.read_text())["config"], plain(cfg)
-    if _hashed(earlier) == _hashed(now):
+    if config_hash(earlier) == config_hash(now):
         cfg.resume = str(folder)
 
 
 def restarted() -> bool:
     """Whether this process belongs to a job that ran before: Slurm counts restarts, our launchers say so."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 or RESTARTED in os.environ
-
-
-def _hashed(config: dict[str, Any]) -> str:
-    return digest({key: value for key, value in config.items() if key not in UNHASHED})
 
 
 def _install(signum: int, handler: Any) -> None:

@@ -28,7 +28,7 @@ def refuse_parallel_multirun(cfg: DictConfig) -> None:
         ValueError: if `trainer.devices` asks for several processes under a launcher that cannot give them.
     """
     devices = cfg.trainer.get("devices", 1)
-    if str(devices) in ("1", "auto", "[0]") or not HydraConfig.initialized():
+    if _is_one(devices) or not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
     tasks = int(os.environ.get("SLURM_NTASKS") or 1)  # Slurm starts them itself
@@ -52,7 +52,7 @@ def end_with_parent(devices: object) -> None:
         further = int(os.environ.get("LOCAL_RANK") or 0) > 0
         ending = signal.SIGKILL if further else signal.SIGTERM
         threading.Thread(target=_watch, args=(parent, ending), daemon=True, name="end-with-parent").start()
-    if str(devices) not in ("1", "auto", "[0]"):
+    if not _is_one(devices):
         os.environ[PARENT] = str(os.getpid())
 
 
@@ -74,6 +74,10 @@ def leave_process_group() -> None:
     """End the communication of a shared stage, so that later ones do not wait for processes that are gone."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _is_one(devices: object) -> bool:
+    return str(devices) in ("1", "auto", "[0]")
 
 
 def _watch(parent: int, ending: signal.Signals) -> None:

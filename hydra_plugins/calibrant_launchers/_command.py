@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.calibrant_sweeper.keep_going import quoted
 
 FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 OF_THE_SWEEP = (
@@ -36,12 +37,6 @@ def command_of(config: DictConfig, overrides: Sequence[str], folder: Path, num: 
         f"++hydra.job.id={quoted(str(num))}",
         f"+hydra.callbacks.save_result._target_={CALLBACK}",
     ]
-
-
-def quoted(text: str) -> str:
-    """As a string in Hydra's grammar of overrides, and nothing else."""
-    before_quotes = re.sub(r'(\\+)(?="|$)', r"\1\1", text)  # elsewhere a backslash is itself
-    return '"' + before_quotes.replace('"', '\\"') + '"'
 
 
 def _program() -> list[str]:

@@ -43,9 +43,7 @@ class KeepGoingSweeper(BasicSweeper):
         """
         from callbacks.sweep_plan import own
 
-        said: Any = OmegaConf.to_container(
-            config.hydra.overrides, resolve=False
-        )  # theirs may hold what only a job knows
+        said: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)  # some name what only a job knows
         written = said["hydra"]
         params = [o for o in written if o.lstrip("+").startswith("hydra.sweeper.params")]
         self.plan: SweepPlan | None = None
