@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from rich.table import Table
 
 from hydra_plugins.calibrant_optuna._search import CHEAP, ERROR
 from hydra_plugins.calibrant_optuna._study import discarded
+from synthesis.leases import Lease
 
 SHOWN = 10  # best trials where there is one objective
+SILENCE = 60.0  # seconds after which a worker on another host that writes the results is taken for dead
 
 
 class Results:
@@ -35,7 +39,15 @@ class Results:
         self.names = [f"value_{i}" for i in range(len(study.directions))] if several else [str(name) for name in chosen]
 
     def write(self) -> None:
-        """Write both files, by a temporary name and a rename."""
+        """Write both files, by a temporary name and a rename.
+
+        Workers that share a study end at about one moment. Each reads the study and writes in its turn, lest the files
+        of the one that read first stand at the end.
+        """
+        with Lease(self.folder / ".results.lock", SILENCE).held(2 * SILENCE):
+            self._write()
+
+    def _write(self) -> None:
         ignored = discarded(self.study)
         trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.number not in ignored]
         by_state = {state.name.lower(): 0 for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)}
@@ -54,18 +66,17 @@ class Results:
 
     def _write_trials(self, trials: list[FrozenTrial]) -> None:
         parameters = list(dict.fromkeys(key for trial in trials for key in trial.params))
-        path = self.folder / "trials.tmp"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["trial", "state", *self.names, CHEAP, "seconds", *parameters, ERROR])
-            for trial in trials:
-                values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(self.names)
-                seconds = None if trial.duration is None else round(trial.duration.total_seconds(), 3)
-                own = [trial.params.get(key) for key in parameters]
-                attributes = trial.user_attrs
-                row = [trial.number, trial.state.name.lower(), *values, attributes.get(CHEAP), seconds, *own]
-                writer.writerow([*row, attributes.get(ERROR)])
-        path.replace(self.folder / "trials.csv")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["trial", "state", *self.names, CHEAP, "seconds", *parameters, ERROR])
+        for trial in trials:
+            values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(self.names)
+            seconds = None if trial.duration is None else round(trial.duration.total_seconds(), 3)
+            own = [trial.params.get(key) for key in parameters]
+            attributes = trial.user_attrs
+            row = [trial.number, trial.state.name.lower(), *values, attributes.get(CHEAP), seconds, *own]
+            writer.writerow([*row, attributes.get(ERROR)])
+        self._replace("trials.csv", text.getvalue())
 
     def best(self) -> list[FrozenTrial]:
         """The trials that no other beats in all objectives, or, of one objective, all from the best on."""
@@ -90,6 +101,6 @@ class Results:
         Console().print(table)
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.folder / f"{name}.tmp"
-        temporary.write_text(text)
+        temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        temporary.write_text(text, newline="")
         temporary.replace(self.folder / name)

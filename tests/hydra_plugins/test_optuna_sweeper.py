@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -315,6 +316,23 @@ def test_two_processes_share_a_study(storage: str, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "study" / "trials.csv").read_text().splitlines()))
     assert [row["state"] for row in rows] == ["fail" if row["x"] == "4" else "complete" for row in rows]
     assert len(list((tmp_path / "study").glob("trial_*"))) == 10
+
+
+def test_workers_write_results_at_one_moment(tmp_path: Path) -> None:
+    """The file that stands at the end has all trials, whichever worker came last; no lock or temporary file is left."""
+    study = optuna.create_study()
+    results = [Results(tmp_path, study, None) for _ in range(4)]
+
+    def work(own: Results) -> None:
+        for _ in range(10):
+            study.tell(study.ask(), 1.0)
+            own.write()
+
+    with ThreadPoolExecutor(len(results)) as pool:
+        list(pool.map(work, results))
+    rows = list(csv.DictReader((tmp_path / "trials.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["complete"] * 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["optimization_results.yaml", "trials.csv"]
 
 
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
