@@ -12,6 +12,7 @@ from run import run_job
 from tests.configuration import SMALL, composed
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # the comparison with the CPU wants that
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def made(
     if "valid" in cfg.source:
         cfg.source.valid = None  # the model's, which there is none of here
     module: GeneratorModule = instantiate(cfg)(
-        network=copy.deepcopy(network), input_size=SIZE, seed=0, **({"count": 10} | changes)
+        network=copy.deepcopy(network), input_size=SIZE, **({"count": 10, "seed": 0} | changes)
     )
     trainer = pl.Trainer(
         max_epochs=module.batches,
@@ -123,26 +124,33 @@ def test_channels_last_gives_the_same_images_within_rounding(network: CifarResNe
     assert float((other.images - plain.images).abs().mean()) < 1e-2
 
 
-@pytest.mark.parametrize(
-    ("preset", "changes"),
-    [
-        ("zeroq", {}),
-        ("genie", {}),
-        (
-            "gdfq",
-            {"steps": 40, "batch_size": 16, "count": 16},
-        ),  # fresh latents at each step make its loss noisy at first
-    ],
-)
-def test_bfloat16_ends_at_a_loss_within_five_per_cent(
-    network: CifarResNet, preset: str, changes: dict[str, Any]
-) -> None:
-    plain, other = (made(network, preset, precision=p, **changes) for p in ("32-true", "bf16-mixed"))
+def final_loss(judge: GeneratorModule, module: GeneratorModule) -> float:
+    """Of a module's first images, in the precision of `judge`."""
+    return sum(float(term) for term in judge.alignment(module.images[: judge.source.batch_size]).values())
+
+
+@pytest.mark.parametrize("preset", ["zeroq", "genie"])
+def test_bfloat16_ends_at_a_loss_within_five_per_cent(network: CifarResNet, preset: str) -> None:
+    plain, other = (made(network, preset, precision=p) for p in ("32-true", "bf16-mixed"))
     assert other.images.dtype == torch.float32
-    size = plain.source.batch_size
-    losses = [sum(float(t) for t in plain.alignment(m.images[:size]).values()) for m in (plain, other)]
+    losses = [final_loss(plain, module) for module in (plain, other)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
+
+
+def test_bfloat16_learns_a_generator_to_a_loss_within_five_per_cent(network: CifarResNet) -> None:
+    """At a tenth of the published rate: at that one, another number of threads alone moves the end by 4 %."""
+    settings = {"steps": 40, "batch_size": 16, "count": 16, "optimizer": partial(torch.optim.Adam, lr=1e-4)}
+    start = made(network, "gdfq", steps=1, batch_size=16, count=16)
+    losses = []
+    for seed in (0, 1):
+        plain, other = (made(network, "gdfq", precision=p, seed=seed, **settings) for p in ("32-true", "bf16-mixed"))
+        assert other.images.dtype == torch.float32
+        losses.append([final_loss(plain, module) for module in (plain, other)])
+        assert losses[-1][0] != losses[-1][1]
+        assert max(losses[-1]) < 0.8 * final_loss(plain, start)
+    exact, rounded = (sum(column) for column in zip(*losses, strict=True))
+    assert rounded == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize("preset", ["zeroq", "dsg_journal", "genie", "gdfq", "intraq_cifar10"])
