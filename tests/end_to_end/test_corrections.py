@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
 from lightning_modules.job import Job
 from run import run_job
 from tests.configuration import SMALL, composed
+from tests.killing import Kill, killing
 
 ALL = "[equalization,bias_absorption,outlier_splitting,bn_reestimation,bias_correction,bias_tuning,network_polish]"
 SHORT = ("corrections.bias_tuning.steps=2", "corrections.network_polish.steps=3")
 NOISE = (*SMALL, "calibration=noise", "weight=nearest_minmax", "data.limit=16")
-
-
-class Kill(pl.Callback):
-    """Stop the stage `stage` after `step` steps, once."""
-
-    armed: ClassVar[bool] = False
-
-    def __init__(self, stage: str, step: int) -> None:
-        self.stage, self.step = stage, step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        if Kill.armed and pl_module.stage == self.stage and trainer.global_step == self.step:
-            Kill.armed = False
-            raise InterruptedError("killed")
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -86,7 +72,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: py
         "corrections=[equalization,bn_reestimation,bias_tuning,network_polish]",
         *SHORT,
         "callbacks.checkpoint.every_seconds=0",
-        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: network_polish, step: 2}}",
+        killing("network_polish", 2),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_job(composed(overrides, whole))

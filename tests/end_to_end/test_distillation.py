@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from run import run_job
 from tests.configuration import SMALL, composed
+from tests.killing import Kill, killing
 
 SHORT = [
     *(setting for setting in SMALL if "calibration" not in setting and "logger" not in setting),
@@ -54,6 +56,24 @@ def test_fdda_takes_a_few_labelled_images_and_names_missing_classes(
     assert not facts["data_free"]
     assert "no real image of 1 of 10 classes" in caplog.text
     assert [entry["correction"] for entry in facts["corrections"]] == ["bn_reestimation"]
+
+
+@pytest.mark.parametrize("step", [1, 3])  # in the midst of the warm-up, and of the student's first epoch
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
+    chosen = ["distillation=fdda", "calibration=real", "calibration.count=10", "reconstruction=none"]
+    chosen += ["callbacks.checkpoint.every_seconds=0", killing("distillation", step)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    metrics, _ = job(whole, *chosen)
+    cfg = composed([*SHORT, *chosen], killed)
+    Kill.armed = True
+    with pytest.raises(InterruptedError):
+        run_job(cfg)
+    assert (killed / "checkpoints" / "distillation.ckpt").exists()
+    cfg.resume = str(killed)
+    assert run_job(cfg) == metrics
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (whole, killed))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
 def test_class_aware_images_are_reconstructed_on(tmp_path: Path) -> None:

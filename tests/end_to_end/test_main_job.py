@@ -22,20 +22,7 @@ from lightning_modules.job import Job
 from quantizers.hessian import ClosedForm
 from run import run_job
 from tests.configuration import CONF, SMALL, composed, options
-
-
-class Kill(pl.Callback):
-    """Stop the stage `stage` after `step` steps, once."""
-
-    armed: ClassVar[bool] = False
-
-    def __init__(self, stage: str, step: int) -> None:
-        self.stage, self.step = stage, step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if Kill.armed and pl_module.stage == self.stage and trainer.global_step == self.step:
-            Kill.armed = False
-            raise InterruptedError("killed")
+from tests.killing import Kill, killing
 
 
 def student(folder: Path) -> dict[str, torch.Tensor]:
@@ -229,7 +216,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, stage: str, ste
         "generator=zeroq",
         "generator.batch_size=4",
         "callbacks.checkpoint.every_seconds=0",
-        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: {stage}, step: {step}}}",
+        killing(stage, step),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_job(composed(overrides, whole))
@@ -322,7 +309,7 @@ def test_shared_synthesis_makes_the_same_images_and_goes_on_when_killed(tmp_path
         "generator.batch_size=4",
         "reconstruction=none",
         "callbacks.checkpoint.every_seconds=0",
-        f"+callbacks.kill={{_target_: {__name__}.Kill, stage: synthesis_1, step: 1}}",
+        killing("synthesis_1", 1),
     ]
     run_job(composed(overrides, tmp_path / "alone"))
     cfg = composed([*overrides, "share_synthesis=true"], tmp_path / "shared")
