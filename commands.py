@@ -14,16 +14,20 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 import run
 from callbacks import comparison, report, sweep_report
 from deployment.containers import Container
-from deployment.exports import OnnxExport
+from deployment.exports import FILE, OnnxExport
+from deployment.parity import ParityError
+from deployment.runtime import require
 from lightning_modules.deployed import export_saved, measure_saved
 from lightning_modules.repeated_runs import DIFFERENT, EQUAL, NOT_COMPARABLE, repeat
+from lightning_modules.run_folders import one_line
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -34,8 +38,22 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--compared", type=int, default=16, help="noise images to compare on; 0: do not compare")
     parser.add_argument("--output", type=Path, help="model.onnx in the run's folder if left out")
     given = parser.parse_args(arguments)
+    newest = require("onnx.defs").onnx_opset_version()
+    if given.opset is not None and given.opset > newest:
+        raise ValueError(
+            f"--opset: expected at most {newest}, the newest that the installed onnx has, got {given.opset}; "
+            "leave it out, or pip install --upgrade onnx"
+        )
     chosen = OnnxExport(container=given.container, opset=given.opset, compared=given.compared)
-    path, rows = export_saved(given.folder, chosen, given.output)
+    remedy = "leave --opset out for the lowest that will do, or choose another --container"
+    try:
+        with _runtime_heeded(f"--opset {given.opset}, --container {given.container}: the file is refused", remedy):
+            path, rows = export_saved(given.folder, chosen, given.output)
+    except OSError as error:
+        raise ValueError(
+            f"--output: expected a file that can be written, got {given.output or given.folder / FILE} "
+            f"({error.strerror or error}); name one in a folder where you may write"
+        ) from error
     worst = max((row.steps for row in rows), default=0.0)
     parity = f"every tensor within {worst:.2g} steps of the student" if rows else "not compared"
     report.console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, {parity}", highlight=False)
@@ -57,7 +75,10 @@ def benchmark(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=1, help="inside an operator")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each model")
     given = parser.parse_args(arguments)
-    found = measure_saved(given.folder, batch=given.batch, threads=given.threads, rounds=given.rounds)
+    with _runtime_heeded(
+        f"folder: {given.folder / FILE} is refused", f"write it anew: calibrant export {given.folder}"
+    ):
+        found = measure_saved(given.folder, batch=given.batch, threads=given.threads, rounds=given.rounds)
     models = [row | {"bytes": found.bytes[row["model"]]} for row in report.as_rows(found.models)]
     title = f"batch {given.batch}, {given.threads} threads"
     report.show_rows(title, models, show=True, path=given.folder / "latency.csv")
@@ -120,8 +141,24 @@ def main() -> None:
         return
     try:
         COMMANDS[word](sys.argv[2:])
-    except ValueError as error:
+    except (ValueError, ParityError) as error:
         raise SystemExit(f"calibrant {word}: {error}") from error
+    except OSError as error:
+        raise SystemExit(
+            f"calibrant {word}: folder: cannot read or write {error.filename or 'a file in it'} "
+            f"({error.strerror or error}); check that you may, and that the disk has room"
+        ) from error
+
+
+@contextmanager
+def _runtime_heeded(what: str, remedy: str) -> Iterator[None]:
+    """What onnxruntime raises, as a mistake of the user's; its exceptions have no base of their own."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ValueError(f"{what} by onnxruntime ({one_line(error)}); {remedy}") from error
 
 
 def _parser(name: str, description: str, of: str = "a finished run") -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,12 @@ def load_student(student: nn.Module, path: Path, expected: Mapping[str, str] | N
     facts, state = _read(path)
     for key, value in (expected or {}).items():
         if facts.get(key) != value:
-            raise ValueError(f"student file: {key} is {facts.get(key)!r} in {path}, but {value!r} here")
+            raise ValueError(
+                f"student file: {key} is {facts.get(key)!r} in {path}, but {value!r} here; they are of two runs: take "
+                "the file that belongs to this one"
+            )
     own, switches = student.state_dict(), _switches(student)
-    off, grids = _listed(facts, SWITCHED_OFF, "[]", path), _listed(facts, GRIDS, "null", path)
+    off, grids = _off(facts, path), _kept_grids(facts, path)
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shared = sorted(own.keys() & state.keys())
     shapes = [k for k in shared if (own[k].shape, own[k].dtype) != (state[k].shape, state[k].dtype)]
@@ -83,7 +87,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             facts = file.metadata() or {}
             made = facts.get("format", "")
             version = made.removeprefix(FAMILY)
-            if made.startswith(FAMILY) and version.isdigit() and int(version) > VERSION:
+            if made.startswith(FAMILY) and re.fullmatch("[0-9]{1,9}", version) and int(version) > VERSION:
                 raise ValueError(
                     f"student file: {path} is of version {version}, made by a newer calibrant; this one reads up to "
                     f"{VERSION}; pip install --upgrade calibrant"
@@ -95,11 +99,32 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise ValueError(f"student file: {path} is not a readable safetensors file ({error})") from error
 
 
-def _listed(facts: Mapping[str, str], key: str, missing: str, path: Path) -> Any:
+def _off(facts: Mapping[str, str], path: Path) -> list[str]:
+    off = _decoded(facts, SWITCHED_OFF, "[]", path)
+    if not isinstance(off, list) or not all(isinstance(name, str) for name in off):
+        raise _corrupt(SWITCHED_OFF, path, f"expected a list of names, got {off!r:.80}")
+    return off
+
+
+def _kept_grids(facts: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """The grid of each quantizer; None in files from before they were kept."""
+    grids = _decoded(facts, GRIDS, "null", path)
+    if grids is not None and not isinstance(grids, dict):
+        raise _corrupt(GRIDS, path, f"expected [bits, signed, symmetric] by name, got {grids!r:.80}")
+    return grids
+
+
+def _decoded(facts: Mapping[str, str], key: str, missing: str, path: Path) -> Any:
     try:
         return json.loads(facts.get(key, missing))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"student file: {key} in the metadata of {path} is corrupt ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(key, path, str(error)) from error
+
+
+def _corrupt(key: str, path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"student file: {key} in the metadata of {path} is corrupt ({why}); copy it from the run's folder once more"
+    )
 
 
 def _grids(student: nn.Module) -> dict[str, list[Any]]:

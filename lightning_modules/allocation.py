@@ -18,6 +18,7 @@ from allocation.resources import Solution
 from callbacks import report
 from callbacks.allocation_plot import save_allocation
 from datamodules.calibration import CalibrationImages
+from lightning_modules.run_folders import read_yaml
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
 
@@ -88,7 +89,7 @@ def read_bits(path: Path) -> Bits:
     """
     if not path.is_file():
         raise ValueError(f"allocation.path: expected the allocation.yaml of an earlier run, got {path}")
-    loaded = OmegaConf.to_container(OmegaConf.load(path))
+    loaded = OmegaConf.to_container(read_yaml(path, "allocation.path"))
     bits = loaded.get("bits") if isinstance(loaded, dict) else None
     if not isinstance(bits, dict) or not bits:
         raise ValueError(f"allocation.path: expected `bits`, a list of layers with their widths, in {path}")

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.comparison import metrics_between, origins_between, read_record
 from callbacks.run_record import config_hash
+from lightning_modules.allowed_targets import expect_allowed
 from lightning_modules.saved_runs import plain
 
 EQUAL, DIFFERENT, NOT_COMPARABLE = 0, 1, 3  # exit codes; 2 is argparse's
@@ -53,7 +54,8 @@ def repeat(path: Path, folder: Path, run: Callable[[DictConfig], Mapping[str, fl
         run: the main job.
 
     Raises:
-        ValueError: if the record is of no finished run, of one that only scored another, or the folder is taken.
+        ValueError: if the record is of no finished run, of one that only scored another or names other code than
+            `allowed_targets` allows, or the folder is taken.
     """
     record = read_record(path)
     if record.get("status") != "finished":
@@ -63,6 +65,7 @@ def repeat(path: Path, folder: Path, run: Callable[[DictConfig], Mapping[str, fl
     if (folder / "record.json").exists():
         raise ValueError(f"output: expected a folder without a run in it, got {folder}")
     cfg = configuration(record, path if path.is_dir() else path.parent, folder)
+    expect_allowed(cfg, path, "record")
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     threads = re.search(r", (\d+) threads$", str(record.get("machine")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.run_record import config_hash
+from lightning_modules.allowed_targets import expect_allowed
+from lightning_modules.run_folders import CONFIG, read_configuration, read_facts
 
 DSG_SWITCHES = ("sda", "lse", "sci")
 
@@ -22,7 +23,8 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     and writes to a folder of its own, so that the finished run stays as it is; what it exports is chosen anew.
 
     Raises:
-        ValueError: if both are given, the folder holds no saved run, or other overrides came along.
+        ValueError: if both are given, the folder holds no saved run or one that names other code than
+            `allowed_targets` allows, or other overrides came along.
     """
     own = Path(cfg.paths.output)
     if cfg.resume and cfg.evaluate:
@@ -33,17 +35,14 @@ def saved_configuration(cfg: DictConfig) -> tuple[DictConfig, Path]:
     folder = Path(cfg[key]).absolute()
     if key == "resume" and folder == own.absolute():
         return _composed_again(cfg, folder), own
-    saved = folder / ".hydra" / "config.yaml"
-    if not saved.exists():
-        raise ValueError(f"{key}: expected the folder of an earlier run (with .hydra/config.yaml), got {folder}")
+    loaded = read_configuration(folder, key)
     allowed = (f"{key}=", "hydra.", "hydra/", *(("export=", "export.") if key == "evaluate" else ()))
     others = [o for o in overrides() if not o.startswith(allowed)]
     if others:
         raise ValueError(f"{key}: the saved configuration is used as it is; drop the other overrides {others}")
-    loaded = OmegaConf.load(saved)
-    assert isinstance(loaded, DictConfig)
-    pointed = loaded.resume or loaded.evaluate
-    if pointed and Path(pointed).absolute() != folder:
+    expect_allowed(loaded, folder / CONFIG, key)
+    pointed = loaded.get("resume") or loaded.get("evaluate")
+    if pointed and Path(str(pointed)).absolute() != folder:
         raise ValueError(f"{key}: {folder} itself only went on with another run; name that one: {key}={pointed}")
     loaded.resume, loaded.evaluate = None, None
     loaded[key] = str(folder)
@@ -59,8 +58,7 @@ def _composed_again(cfg: DictConfig, folder: Path) -> DictConfig:
 
     So a job of a sweep does, whose overrides are at hand.
     """
-    path = folder / "record.json"
-    begun = json.loads(path.read_text()).get("config_hash") if path.exists() else None
+    begun = read_facts(folder).get("config_hash")
     if begun not in (None, config_hash(plain(cfg, resolve=False))):
         raise ValueError(f"resume: {folder} holds a run of another configuration; go on with that in another folder")
     return cfg
@@ -73,10 +71,9 @@ def origin(cfg: DictConfig) -> dict[str, Any]:
     `earlier_stages`.
     """
     source = cfg.resume or cfg.evaluate
-    path = Path(source) / "record.json" if source else None
-    if path is None or not path.exists():
+    old = read_facts(Path(source)) if source else {}
+    if not old:
         return {"overrides": overrides(), "choices": choices()}
-    old = json.loads(path.read_text())
     facts = {"overrides": old.get("overrides", []), "choices": old.get("choices", {})}
     done = ("images", "corrections", "allocation")  # and not done again
     facts |= {key: old[key] for key in done if key in old}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +11,15 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import fx
 
 from allocation.groups import Bits
 from deployment.student_file import load_student
 from lightning_modules.allocation import FILE, read_bits
+from lightning_modules.allowed_targets import student_parts
 from lightning_modules.corrections import Corrections
+from lightning_modules.run_folders import CONFIG, RECORD, one_line, read_configuration, read_facts
 from networks.teachers import Teacher
 from quantizers.convert import convert
 
@@ -59,53 +60,74 @@ def load_student_from(folder: str | Path) -> SavedStudent:
     """Loads the student of a finished run: bitwise the outputs that it had there.
 
     The network is built from the configuration with arbitrary weights, converted, and filled from the file: the
-    teacher's checkpoint is not needed.
+    teacher's checkpoint is not needed. Nothing in the folder is run: `allowed_targets` says what its configuration may
+    name.
 
     Args:
         folder: of the run, with `student.safetensors`, `.hydra/config.yaml` and `record.json`.
 
     Raises:
-        ValueError: if one of them is missing, corrupt, of a newer version, or does not fit the others.
+        ValueError: if one of them is missing, corrupt, of a newer version, names other code or does not fit the others.
     """
     folder = Path(folder)
     cfg = _configuration(folder)
-    try:
+    facts = read_facts(folder)
+    parts = student_parts(cfg, folder / CONFIG, "folder")
+    with _explained(folder / CONFIG):
         with _quiet("networks.teachers"):
-            teacher: Teacher = instantiate(cfg.model, pretrained=False, checkpoint=None)
-        parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-        corrections = Corrections(instantiate(cfg.get("corrections", {}), _convert_="all"))
-    except InstantiationException as error:
-        raise (error.__cause__ or error) from None
-    bits = _widths(folder, cfg)
-    student = convert(teacher.network, teacher.example(), *parts, allocation=bits, prepare=corrections.prepare).student
-    load_student(student, folder / STUDENT)
-    record = folder / "record.json"
-    try:
-        facts = json.loads(record.read_text()) if record.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"record: {record} is corrupt ({error})") from error
+            teacher: Teacher = instantiate(parts["model"], pretrained=False, checkpoint=None)
+        made = [instantiate(parts[name]) for name in ("protocol", "weight", "activation", "bits")]
+        corrections = Corrections(instantiate(parts["corrections"] or {}, _convert_="all"))
+        bits = _widths(folder, parts["allocation"])
+        example = teacher.example()
+        student = convert(teacher.network, example, *made, allocation=bits, prepare=corrections.prepare).student
+    load_student(student, folder / STUDENT, _teacher(facts))
     student.eval().requires_grad_(False)
     shape = {"input_size": teacher.input_size, "mean": teacher.mean, "std": teacher.std}
     return SavedStudent(network=student, facts=facts, config=cfg, **shape)
 
 
-def _widths(folder: Path, cfg: DictConfig) -> Bits | None:
+def _widths(folder: Path, allocation: Any) -> Bits | None:
     """The widths that the run found for its layers or was given in a file; None: the same for all."""
     if (folder / FILE).exists():
         return read_bits(folder / FILE)
-    return instantiate(cfg.allocation).known() if "allocation" in cfg else None
+    return instantiate(allocation).known() if allocation else None
+
+
+def _teacher(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What the student file has to say of its teacher, where the record says whose student it is."""
+    teacher = facts.get("teacher", {})
+    if not isinstance(teacher, Mapping):
+        raise ValueError(f"record: expected name and weights_hash of the teacher in {RECORD}, got {teacher!r:.80}")
+    return {"teacher": str(teacher["weights_hash"])} if teacher.get("weights_hash") else {}
 
 
 def _configuration(folder: Path) -> DictConfig:
-    saved = folder / ".hydra" / "config.yaml"
-    if not saved.exists():
-        raise ValueError(f"folder: expected that of a finished run, with .hydra/config.yaml, got {folder}")
-    loaded = OmegaConf.load(saved)
-    if not isinstance(loaded, DictConfig) or any(key not in loaded for key in ("model", "protocol", "bits")):
-        raise ValueError(f"folder: {saved} is no configuration of a run")
+    loaded = read_configuration(folder, "folder")
     if loaded.get("evaluate"):
         raise ValueError(f"folder: {folder} only scored another run; name that one: {loaded.evaluate}")
     return loaded
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A configuration that does not build a student, as one of a newer version may not, is the file's fault."""
+    try:
+        yield
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise cause from None
+        raise _unfit(path, cause) from error
+    except (TypeError, AttributeError, LookupError) as error:
+        raise _unfit(path, error) from error
+
+
+def _unfit(path: Path, error: BaseException) -> ValueError:
+    return ValueError(
+        f"folder: expected the configuration of a run of this calibrant, got {path}, of which no student can be built "
+        f"({one_line(error)}); if a newer calibrant made it, pip install --upgrade calibrant"
+    )
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def test_verify_fails_where_a_metric_differs(
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="calibrant export: folder: expected that of a finished run"):
+    with pytest.raises(SystemExit, match="calibrant export: folder: expected the folder of an earlier run"):
         called(monkeypatch, "export", str(tmp_path))
     with pytest.raises(SystemExit, match="calibrant report: folder: expected that of a sweep"):
         called(monkeypatch, "report", str(tmp_path))

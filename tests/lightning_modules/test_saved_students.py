@@ -77,7 +77,7 @@ def test_a_checkpoint_is_not_needed(tmp_path: Path, folder: Path) -> None:
 
 
 def test_what_is_no_run_is_named(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected that of a finished run, with \.hydra/config\.yaml"):
+    with pytest.raises(ValueError, match=r"expected the folder of an earlier run, with \.hydra/config\.yaml"):
         load_student_from(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("a: 1")
