@@ -117,7 +117,7 @@ def _explained(path: Path) -> Iterator[None]:
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, ValueError):
-            raise cause from None
+            raise ValueError(f"folder: {path}: {cause}") from error
         raise _unfit(path, cause) from error
     except (TypeError, AttributeError, LookupError) as error:
         raise _unfit(path, error) from error

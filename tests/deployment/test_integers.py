@@ -6,12 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from deployment.integers import activation_grids, integer_weights
 from quantizers.adaquant import AdaQuant
 from quantizers.layer import hardened_copy, quantized_layers, sites
-from quantizers.lsq_plus import LSQPlus
 from quantizers.ranges import MinMax
 from tests.deployment.students import net, noise, student_of
 
@@ -53,6 +51,15 @@ def test_activations_from_their_grids_are_the_students() -> None:
         assert high - low == 2**bits - 1
 
 
-def test_a_float_network_has_none() -> None:
-    assert integer_weights(nn.Linear(2, 2)) == {}
-    assert activation_grids(LSQPlus(4, signed=True, range=MinMax())) == {}
+def test_only_what_is_quantized_and_switched_on_has_integers() -> None:
+    assert integer_weights(net()) == {}  # the same layers in float
+    assert activation_grids(net()) == {}
+    student = student_of(net(), (4, 4))
+    layers = dict(quantized_layers(student))
+    assert len(layers) > 1
+    off = next(iter(layers))
+    layers[off].enabled = False
+    assert integer_weights(student).keys() == layers.keys() - {off}
+    for _, site in sites(student):
+        site.enabled = False
+    assert activation_grids(student) == {}

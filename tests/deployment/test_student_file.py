@@ -15,6 +15,7 @@ from deployment.student_file import load_student, save_student
 from quantizers.calibrate import calibrate_ranges
 from quantizers.layer import sites
 from tests.deployment.students import net, student_of
+from tests.lightning_modules.canaries import pickled
 from tests.quantizers.test_calibrate import Either, conversion
 
 
@@ -40,9 +41,12 @@ def test_missing(tmp_path: Path) -> None:
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
-    path.write_bytes(pickle.dumps({"a": 1}))
+    pickled(path, tmp_path / "sign")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_student(network(), path)
+    assert not (tmp_path / "sign").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "sign").exists()  # so it would have been
 
 
 def test_truncated(tmp_path: Path) -> None:
@@ -123,10 +127,25 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         load_student(network(), tmp_path)
 
 
-def test_corrupt_metadata(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["[1", "5", "[[1]]", "null", '{"a": 1}', "[" * 100_000])
+def test_corrupt_list_of_what_is_switched_off(content: str, tmp_path: Path) -> None:
     path = save_student(network(), tmp_path / "student.safetensors", {})
-    with pytest.raises(ValueError, match=r"switched_off in the metadata .* is corrupt"):
-        load_student(network(), with_metadata(path, switched_off="[1"))
+    with pytest.raises(ValueError, match=r"switched_off in the metadata of .*student\.safetensors is corrupt"):
+        load_student(network(), with_metadata(path, switched_off=content))
+
+
+@pytest.mark.parametrize("content", ["[1", "[1]", "5", '"stem"', "[" * 100_000])
+def test_corrupt_grids(content: str, tmp_path: Path) -> None:
+    path = save_student(student_of(net()), tmp_path / "student.safetensors", {})
+    with pytest.raises(ValueError, match=r"grids in the metadata of .*student\.safetensors is corrupt"):
+        load_student(student_of(net()), with_metadata(path, grids=content))
+
+
+@pytest.mark.parametrize("version", ["²", "٢", "", "-2", "2.0", "9" * 5000])
+def test_a_version_that_is_no_number(version: str, tmp_path: Path) -> None:
+    path = save_student(network(), tmp_path / "student.safetensors", {})
+    with pytest.raises(ValueError, match=r"expected format 'calibrant student 1', got .* in .*student\.safetensors"):
+        load_student(network(), with_metadata(path, format=f"calibrant student {version}"))
 
 
 def test_other_bits_are_refused_though_all_shapes_fit(tmp_path: Path) -> None:

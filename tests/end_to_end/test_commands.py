@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import onnx
 import pytest
+from omegaconf import OmegaConf
 
 import commands
+from deployment.parity import TensorParity
 from run import run_job
-from tests.configuration import SMALL, composed
+from tests.configuration import ROOT, SMALL, composed
+from tests.lightning_modules.canaries import pickled
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,23 @@ def test_evaluate_is_the_main_job(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen == [[f"evaluate={folder}", "hydra.run.dir=x"], ["bits=w4a4"], []]
 
 
+def test_evaluate_scores_the_saved_student_again(folder: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    line = [sys.executable, "-W", "ignore", "-m", "commands", "evaluate"]
+    words = [str(folder), f"hydra.run.dir={tmp_path / 'again'}"]
+    done = subprocess.run([*line, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    again, first = (json.loads((path / "record.json").read_text()) for path in (tmp_path / "again", folder))
+    assert again["metrics"] == {key: value for key, value in first["metrics"].items() if key in again["metrics"]}
+    assert {"test/float/top1", "test/quantized/top1", "test/quantized/loss"} <= again["metrics"].keys()
+    assert "reconstruction" not in again["stages"]
+    assert "images" not in again["stages"]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    done = subprocess.run([*line, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "evaluate: expected the folder of an earlier run" in done.stderr
+
+
 def test_report_verify_and_compare(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,3 +106,71 @@ def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         called(monkeypatch, "verify", str(tmp_path))
     with pytest.raises(SystemExit):
         called(monkeypatch, "evaluate")
+
+
+def message(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """The one line in which a command ends that fails; the exit status of such a text is 1."""
+    with pytest.raises(SystemExit) as raised:
+        called(monkeypatch, *words)
+    assert isinstance(raised.value.code, str)
+    assert "\n" not in raised.value.code
+    return raised.value.code
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_an_opset_that_is_unknown(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    said = message(monkeypatch, "export", str(copy), "--opset", "99")
+    assert said.startswith(f"calibrant export: --opset: expected at most {newest}, ")
+    assert "got 99; leave it out" in said
+    assert "at least 21" in message(monkeypatch, "export", str(copy), "--opset", "7")
+
+
+def test_an_output_that_cannot_be_written(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "model.onnx", tmp_path):
+        said = message(monkeypatch, "export", str(copy), "--compared", "0", "--output", str(output))
+        assert said.startswith(f"calibrant export: --output: expected a file that can be written, got {output} (")
+        assert "name one in a folder where you may write" in said
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("content", [b"no model", bytes(range(256))])
+def test_a_corrupt_model_is_not_measured(content: bytes, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "model.onnx").write_bytes(content)
+    said = message(monkeypatch, "benchmark", str(copy), "--rounds", "1")
+    assert said.startswith(f"calibrant benchmark: folder: {copy / 'model.onnx'} is refused by onnxruntime (")
+    assert said.endswith(f"write it anew: calibrant export {copy}")
+
+
+def test_a_model_that_is_not_the_student_ends_in_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [TensorParity(tensor="stem", steps=7.0, share=0.5)]
+    monkeypatch.setattr("lightning_modules.deployed.compare", lambda *_, **__: rows)
+    said = message(monkeypatch, "export", str(copy))
+    assert said.startswith("calibrant export: export: expected at most 1")
+    assert "got 7 at stem" in said
+
+
+def test_a_table_that_cannot_be_written(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "latency.csv").unlink(missing_ok=True)
+    (copy / "latency.csv").mkdir()
+    said = message(monkeypatch, "benchmark", str(copy), "--rounds", "1")
+    assert said.startswith(f"calibrant benchmark: folder: cannot read or write {copy / 'latency.'}")
+    assert said.endswith("check that you may, and that the disk has room")
+
+
+def test_the_code_of_others_is_refused_in_one_line(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = {"_target_": "torch.load", "f": str(pickled(tmp_path / "evil", tmp_path / "sign")), "weights_only": False}
+    cfg = OmegaConf.load(copy / ".hydra" / "config.yaml")
+    cfg.protocol = evil
+    OmegaConf.save(cfg, copy / ".hydra" / "config.yaml")
+    facts = json.loads((copy / "record.json").read_text())
+    facts["config"]["protocol"] = evil
+    (copy / "record.json").write_text(json.dumps(facts))
+    for word in ("export", "benchmark", "verify"):
+        assert "protocol._target_ names 'torch.load'" in message(monkeypatch, word, str(copy))
+    assert not (tmp_path / "sign").exists()
