@@ -92,15 +92,15 @@ def expect_plain(cfg: DictConfig, path: Path, argument: str) -> None:
                 f"{argument}: {path}: {key} makes the network's library load a file, which a saved run may not; "
                 "remove it, and name the weights by model.checkpoint"
             )
-        if not isinstance(value, str) or "${" not in value:
+        if not isinstance(value, str) or "$" not in value:
             continue
         rest, count = value, 1
         while count:
             rest, count = PLAIN.subn("\0", rest)
-        if "${" in rest or _is_target(key):
+        if "$" in rest or _is_target(key):  # also a lone one: another interpolation could be put together with it
             raise ValueError(
-                f"{argument}: {path}: {key} is computed by {value!r}; expected in a saved run no interpolations but "
-                "of its own values, oc.env, now and hydra, and none as a target; write its value in its place"
+                f"{argument}: {path}: {key} is computed, or may be, by {value!r}; expected in a saved run no "
+                "interpolations but of its own values, oc.env, now and hydra, and none as a target; write out its value"
             )
 
 

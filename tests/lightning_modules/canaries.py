@@ -66,6 +66,12 @@ def evil_configurations(evil: Path, sign: Path) -> dict[str, dict[str, Any]]:
         "in another group": {"mine": mkdir, "protocol": "${mine}"},
         "a resolver that was registered": {"seed": f"${{canary:{sign}}}"},
         "the same behind its name": {"name": "canary", "seed": f"${{${{name}}:{sign}}}"},
+        "an interpolation in two pieces": {
+            "name": "$",
+            "tags": [f"{{canary:{sign}}}"],
+            "protocol.name": "${name}${tags[0]}",
+        },
+        "an interpolation that is escaped": {"protocol.name": f"\\${{canary:{sign}}}"},
         "as no text at all": {"protocol._target_": ["os.mkdir"]},
         "file of the network's library": {"model.options": {"checkpoint_path": str(evil)}},
     }
