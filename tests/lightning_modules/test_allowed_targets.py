@@ -98,6 +98,7 @@ def test_no_code_of_a_foreign_folder_runs(
 ) -> None:
     sign = tmp_path / "sign"
     monkeypatch.setenv("CANARY", "os.mkdir")
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # which the job sets where it is imported
     changed(folder, evil_configurations(pickled(tmp_path / "evil.pt", sign), sign)[name])
     with pytest.raises(ValueError, match=REFUSED) as raised:
         USES[use](folder)
