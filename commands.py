@@ -73,12 +73,13 @@ def benchmark(arguments: Sequence[str]) -> None:
     parser = _parser("benchmark", "Time float network and student in onnxruntime, in turns, warm, medians.")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--threads", type=int, default=1, help="inside an operator")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each model")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each model, an odd number")
     given = parser.parse_args(arguments)
     with _runtime_heeded(
         f"folder: {given.folder / FILE} is refused", f"write it anew: calibrant export {given.folder}"
     ):
-        found = measure_saved(given.folder, batch=given.batch, threads=given.threads, rounds=given.rounds)
+        options = {"batch": given.batch, "threads": given.threads, "rounds": given.rounds}
+        found = measure_saved(given.folder, **options, table=True)
     models = [row | {"bytes": found.bytes[row["model"]]} for row in report.as_rows(found.models)]
     title = f"batch {given.batch}, {given.threads} threads"
     report.show_rows(title, models, show=True, path=given.folder / "latency.csv")
@@ -86,7 +87,9 @@ def benchmark(arguments: Sequence[str]) -> None:
     report.show_rows("slowest operators", operators[:10], show=True)
     report.write_csv(given.folder / "operators.csv", operators)
     report.show_rows("layers", report.as_rows(found.layers), show=False, path=given.folder / "layers.csv")
-    report.console.print(f"latency.csv, operators.csv, layers.csv in {given.folder}", highlight=False)
+    report.write_csv(given.folder / "latency_table.csv", report.as_rows(found.table))
+    written = "latency.csv, operators.csv, layers.csv, latency_table.csv"
+    report.console.print(f"{written} in {given.folder}", highlight=False)
 
 
 def make_report(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.onnx_values import facts_of
 from deployment.runtime import session
@@ -25,6 +26,7 @@ from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mod
 from quantizers.operators import CLIPS, Operators
 
 FLOAT = 32
+HEAVY = ("Conv", "Gemm", "MatMul")  # in the names of the operators that layers become
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +70,17 @@ def latencies(
         rounds: turns of each model; an odd number.
         seconds: length of a turn, at least three calls; the first call of a turn warms up and does not count.
     """
-    if not models or rounds < 1:
-        raise ValueError(f"models, rounds: expected at least one model and one round, got {len(models)} and {rounds}")
+    if not models:
+        raise ValueError("models: expected at least one, got none")
+    if rounds < 1 or rounds % 2 == 0:
+        raise ValueError(f"rounds: expected an odd number, so that one of them is the median, got {rounds}; try 9")
     feed = {INPUT: images.numpy()}
     sessions = {name: session(model, threads=threads) for name, model in models.items()}
     turns: dict[str, list[float]] = {name: [] for name in models}
     calls: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, run in sessions.items():
-            times = _turn(run, feed, seconds)
+            times = turn(run, feed, seconds)
             turns[name].append(statistics.median(times))
             calls[name] += times
     first = turns[next(iter(models))]
@@ -90,7 +94,8 @@ def latencies(
     ]
 
 
-def _turn(run: Any, feed: dict[str, Any], seconds: float) -> list[float]:
+def turn(run: Any, feed: dict[str, Any], seconds: float) -> list[float]:
+    """Seconds of each call behind the first, at least three."""
     run.run(None, feed)
     times, end = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
@@ -100,10 +105,12 @@ def _turn(run: Any, feed: dict[str, Any], seconds: float) -> list[float]:
     return times
 
 
-def operator_times(model: Path | bytes, images: Tensor, *, threads: int = 1, calls: int = 20) -> list[OperatorTime]:
+def operator_times(
+    model: Path | bytes, images: Tensor, *, threads: int = 1, calls: int = 20, optimize: bool = True
+) -> list[OperatorTime]:
     """The runtime's own profile, in order of execution; the first quarter of the calls warms up."""
     with tempfile.TemporaryDirectory() as folder:
-        run = session(model, threads=threads, profile=Path(folder) / "profile")
+        run = session(model, threads=threads, optimize=optimize, profile=Path(folder) / "profile")
         for _ in range(calls):
             run.run(None, {INPUT: images.numpy()})
         events = json.loads(Path(run.end_profiling()).read_text())
@@ -119,28 +126,35 @@ def operator_times(model: Path | bytes, images: Tensor, *, threads: int = 1, cal
 
 
 def layer_times(
-    student: fx.GraphModule, input_size: tuple[int, ...], *, batch: int = 1, threads: int = 1, calls: int = 40
+    student: fx.GraphModule,
+    input_size: tuple[int, ...],
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    container: Container = "auto",
+    calls: int = 40,
 ) -> list[LayerTime]:
-    """Every layer by itself, in float and as the student has it: a table for choosing bits by time.
+    """Every layer by itself, in float and as the student has it: which kernel it becomes, and how fast about that is.
 
     The time is that of the kernel alone, in a model of that layer: quantized input, layer, quantized output where the
-    student has them. A layer that is called several times has a row for each input size.
+    student has them; the profiler counts whole microseconds. A layer that is called several times has a row for each
+    input size. For choosing bits see `latency_table`.
     """
     operators, facts = Operators(student), facts_of(student, input_size)
     rows: dict[tuple[str, tuple[int | None, ...]], list[LayerTime]] = {}
     for node in student.graph.nodes:
         if not isinstance(operators.module(node), (QuantizedLayer, *WEIGHTED)):
             continue
-        alone, source = _alone(student, node, operators)
+        single, source = alone(student, node, operators)
         shape = facts[source].shape
         assert shape is not None
         if (str(node.target), shape) not in rows:
             size = tuple(int(s or batch) for s in shape[1:])
-            rows[str(node.target), shape] = _timed(alone, str(node.target), size, batch, threads, calls)
+            rows[str(node.target), shape] = _timed(single, str(node.target), size, batch, threads, calls, container)
     return [row for found in rows.values() for row in found]
 
 
-def _alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tuple[fx.GraphModule, fx.Node]:
+def alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tuple[fx.GraphModule, fx.Node]:
     """The layer with the sites around it, pooling and reshaping left out, and the node whose result it takes."""
     source = node.all_input_nodes[0]
     site = operators.source(source)
@@ -160,16 +174,22 @@ def _alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tupl
 
 
 def _timed(
-    alone: fx.GraphModule, path: str, size: tuple[int, ...], batch: int, threads: int, calls: int
+    single: fx.GraphModule,
+    path: str,
+    size: tuple[int, ...],
+    batch: int,
+    threads: int,
+    calls: int,
+    container: Container,
 ) -> list[LayerTime]:
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    quantized = _kernel(alone, images, threads, calls)
-    with float_mode(alone):
-        floating = _kernel(alone, images, threads, calls)
-    layer = alone.get_submodule(path)
+    quantized = _kernel(single, images, threads, calls, container)
+    with float_mode(single):
+        floating = _kernel(single, images, threads, calls, container)
+    layer = single.get_submodule(path)
     w_bits = layer.weight_quantizer.grid.bits if isinstance(layer, QuantizedLayer) else FLOAT
-    first = next(n for n in alone.graph.nodes if n.op == "call_module")
-    site = alone.get_submodule(str(first.target))
+    first = next(n for n in single.graph.nodes if n.op == "call_module")
+    site = single.get_submodule(str(first.target))
     a_bits = site.quantizer.grid.bits if isinstance(site, ActivationSite) and site.enabled else FLOAT
     found = [(FLOAT, FLOAT, floating), (w_bits, a_bits, quantized)]
     return [
@@ -178,8 +198,8 @@ def _timed(
     ]
 
 
-def _kernel(alone: fx.GraphModule, images: Tensor, threads: int, calls: int) -> OperatorTime:
-    model = export_onnx(alone, tuple(images.shape[1:])).model.SerializeToString()
+def _kernel(single: fx.GraphModule, images: Tensor, threads: int, calls: int, container: Container) -> OperatorTime:
+    model = export_onnx(single, tuple(images.shape[1:]), container=container).model.SerializeToString()
     found = operator_times(model, images, threads=threads, calls=calls)
-    layers = [row for row in found if any(name in row.operator for name in ("Conv", "Gemm", "MatMul"))]
+    layers = [row for row in found if any(name in row.operator for name in HEAVY)]
     return max(layers or found, key=lambda row: row.microseconds)

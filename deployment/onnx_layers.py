@@ -58,7 +58,7 @@ def quantized(values: Values, value: Value, site: ActivationSite, name: str, con
         integers = graph.add("Min", [integers, graph.constant(f"{name}_high", high, storage)], f"{name}_at_most")
     if storage.bits == 8 and needs_low:
         integers = graph.add("Max", [integers, graph.constant(f"{name}_low", low, storage)], f"{name}_at_least")
-    return Value(None, Integers(integers, scale, zero_point, step, zero, storage))
+    return Value(None, Integers(integers, scale, zero_point, step, storage))
 
 
 class Layers:

@@ -17,7 +17,6 @@ class Integers(NamedTuple):
     scale: str
     zero_point: str
     step: Tensor  # () float32
-    zero: int
     storage: Storage
 
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from deployment.containers import Container
 from deployment.exports import FILE, OnnxExport
 from deployment.latency import Latency, LayerTime, OperatorTime, latencies, layer_times, operator_times
+from deployment.latency_table import PairTime, latency_table
 from deployment.onnx_export import export_onnx
 from deployment.parity import TensorParity, compare, expect_parity
+from deployment.runtime import require
 from lightning_modules.saved_students import load_student_from
 from quantizers.layer import float_mode
 
 
 class Measured(NamedTuple):
-    """`models`: float first; `bytes` by model; `operators` of the quantized one; `layers` in float and quantized."""
+    """`models`: float first; `bytes` by model; `operators` of the quantized one; `layers` in float and quantized;
+    `table`: each layer at every pair of widths; `container` of the quantized one, of `layers` and `table`.
+    """
 
     models: list[Latency]
     bytes: dict[str, int]
     operators: list[OperatorTime]
     layers: list[LayerTime]
+    table: list[PairTime]
+    container: str
 
 
 def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -> tuple[Path, list[TensorParity]]:
@@ -48,12 +55,28 @@ def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -
 
 
 def measure_saved(
-    folder: Path, *, batch: int = 1, threads: int = 1, rounds: int = 9, seconds: float = 0.3, layers: bool = True
+    folder: Path,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    rounds: int = 9,
+    seconds: float = 0.3,
+    layers: bool = True,
+    table: bool = False,
 ) -> Measured:
     """Times float network and student of a run in turns; the run's own `model.onnx` where there is one.
 
+    Args:
+        folder: of the run.
+        batch: images at a time.
+        threads: inside an operator.
+        rounds: turns of each model; an odd number.
+        seconds: length of a turn.
+        layers: whether to time each layer by itself.
+        table: whether to time each layer at every pair of widths.
+
     Raises:
-        ValueError: see `load_student_from`; for a batch or a number of threads below 1.
+        ValueError: see `load_student_from`; for a batch or a number of threads below 1, or an even number of rounds.
     """
     if batch < 1 or threads < 1:
         raise ValueError(f"batch, threads: expected at least 1 each, got {batch} and {threads}")
@@ -62,11 +85,24 @@ def measure_saved(
         models = {"float": export_onnx(saved.network, saved.input_size).model.SerializeToString()}
     written = folder / FILE
     quantized = written.read_bytes() if written.exists() else None
+    container = _container(quantized)
     models["quantized"] = quantized or export_onnx(saved.network, saved.input_size).model.SerializeToString()
     images = torch.randn(batch, *saved.input_size, generator=torch.Generator().manual_seed(0))
+    network, size = saved.network, saved.input_size
+    alike: Any = {"batch": batch, "threads": threads, "container": container}
     return Measured(
         models=latencies(models, images, threads=threads, rounds=rounds, seconds=seconds),
         bytes={name: len(model) for name, model in models.items()},
         operators=operator_times(models["quantized"], images, threads=threads),
-        layers=layer_times(saved.network, saved.input_size, batch=batch, threads=threads) if layers else [],
+        layers=layer_times(network, size, **alike) if layers else [],
+        table=latency_table(network, size, rounds=rounds, **alike) if table else [],
+        container=container,
     )
+
+
+def _container(model: bytes | None) -> Container:
+    """That which the model says it was written in."""
+    if model is None:
+        return "auto"
+    found = {entry.key: entry.value for entry in require("onnx").load_model_from_string(model).metadata_props}
+    return cast(Container, found.get("container", "auto"))

@@ -9,7 +9,7 @@ import pytest
 
 from deployment.latency import latencies, layer_times, operator_times
 from deployment.onnx_export import export_onnx
-from deployment.runtime import has_vnni
+from deployment.runtime import has_vnni, instructions
 from quantizers.layer import float_mode
 from tests.deployment.students import SIZE, net, noise, student_of
 
@@ -23,8 +23,11 @@ def test_models_are_timed_in_turns_and_against_the_first() -> None:
     assert [row.model for row in found] == ["float", "quantized"]
     assert found[0].speedup == 1
     assert all(row.milliseconds > 0 and row.speedup > 0 for row in found)
-    with pytest.raises(ValueError, match="at least one model and one round"):
+    with pytest.raises(ValueError, match="models: expected at least one, got none"):
         latencies({}, noise(1))
+    for rounds in (0, 4):
+        with pytest.raises(ValueError, match=f"rounds: expected an odd number, .* got {rounds}"):
+            latencies(models, noise(1), rounds=rounds)
 
 
 class Clock:
@@ -75,3 +78,20 @@ def test_processors_are_asked_what_they_can(monkeypatch: pytest.MonkeyPatch, tmp
         has_vnni.cache_clear()
         assert has_vnni() is expected
     has_vnni.cache_clear()
+
+
+def test_processors_are_named_by_their_widest_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr("deployment.runtime.CPUINFO", file)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    assert instructions() == "default"
+    for flags, expected in {
+        "fpu avx avx2": "avx2",
+        "avx2 avx512f avx512bw": "avx512",
+        "avx2 avx_vnni": "avx_vnni",
+        "avx2 avx512f avx_vnni avx512_vnni": "avx512_vnni",
+        "avx2 avx512f avx512_vnni amx_bf16 amx_int8": "amx",
+        "neon asimd": "default",
+    }.items():
+        file.write_text(f"flags\t\t: {flags}\n")
+        assert instructions() == expected
