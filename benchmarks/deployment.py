@@ -12,15 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.table import RESULTS, read_rows
 from callbacks.report import as_rows, write_csv
-from callbacks.run_record import machine
+from callbacks.run_record import commit, machine
+from deployment.runtime import instructions
 from lightning_modules.deployed import measure_saved
 
-SAME = ("network", "protocol", "w_bits", "a_bits", "weight", "activation", "seed", "container", "threads", "batch")
+WHERE = ("measured_on", "instructions", "threads", "batch")
+SAME = (
+    "network", "protocol", "w_bits", "a_bits", "allocation", "average_w_bits", "average_a_bits", "weight", "activation",
+    "images", "image_count", "seed", "container", *WHERE,
+)  # fmt: skip
+LAYER = ("network", "protocol", "container", "layer", "w_bits", "a_bits", *WHERE)  # whatever allocation gave the bits
 
 
 def rows_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -41,18 +49,26 @@ def rows_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
         "speedup": round(quantized.speedup, 3), "batch": options.batch, "threads": options.threads,
         "integer_convolutions": sum(o.operator == "QLinearConv" for o in found.operators),
         "float_convolutions": sum(o.operator in ("Conv", "FusedConv") for o in found.operators),
-        "slowest_operator": f"{slowest.name} {slowest.operator}", "measured_on": machine(),
+        "slowest_operator": f"{slowest.name} {slowest.operator}",
     }  # fmt: skip
-    layers = [{"network": row["network"], "protocol": row["protocol"]} | layer for layer in as_rows(found.layers)]
-    return row | measured, [layer | {"batch": options.batch, "threads": options.threads} for layer in layers]
+    where = {"measured_on": machine(), "instructions": instructions(), "onnxruntime": version("onnxruntime")}
+    shared = {"network": row["network"], "protocol": row["protocol"], "container": found.container}
+    sizes = {"batch": options.batch, "threads": options.threads}
+    made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+    layers = [shared | layer | sizes | where | made for layer in as_rows(found.layers)]
+    return row | measured | where, layers
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]], same: tuple[str, ...]) -> list[dict[str, Any]]:
-    """`new` behind those of `old` that it does not measure again."""
-    keys = {tuple(str(row[key]) for key in same) for row in new}
-    kept = [row for row in old if tuple(str(row.get(key)) for key in same) not in keys]
-    columns = list(dict.fromkeys(key for row in (*kept, *new) for key in row))
-    return [{key: row.get(key, "") for key in columns} for row in (*kept, *new)]
+    """`new`, of equals the last, behind those of `old` that it does not measure again."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple("" if row.get(name) is None else str(row[name]) for name in same)
+
+    again = {key(row): row for row in new}
+    rows = [*(row for row in old if key(row) not in again), *again.values()]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
 def main() -> None:
@@ -83,10 +99,8 @@ def main() -> None:
     path = RESULTS / "deployment.csv"
     write_csv(path, merged(read_rows(path), rows, SAME))
     if layers:
-        same = ("network", "protocol", "layer", "w_bits", "a_bits", "batch", "threads")
-        distinct = list({tuple(str(row[key]) for key in same): row for row in layers}.values())
         path = RESULTS / "deployment_layers.csv"
-        write_csv(path, merged(read_rows(path), distinct, same))
+        write_csv(path, merged(read_rows(path), layers, LAYER))
 
 
 if __name__ == "__main__":
