@@ -86,7 +86,9 @@ def measure_saved(
     written = folder / FILE
     quantized = written.read_bytes() if written.exists() else None
     container = _container(quantized)
-    models["quantized"] = quantized or export_onnx(saved.network, saved.input_size).model.SerializeToString()
+    if quantized is None:
+        quantized = export_onnx(saved.network, saved.input_size).model.SerializeToString()
+    models["quantized"] = quantized
     images = torch.randn(batch, *saved.input_size, generator=torch.Generator().manual_seed(0))
     network, size = saved.network, saved.input_size
     alike: Any = {"batch": batch, "threads": threads, "container": container}
