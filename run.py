@@ -22,7 +22,7 @@ from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
 from lightning_modules.allocation import FILE, known_bits
-from lightning_modules.exporting import chosen_export, export_student
+from lightning_modules.exporting import chosen_export, expect_exportable, export_student
 from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, open_job
@@ -54,6 +54,7 @@ def run_job(cfg: DictConfig) -> dict[str, float]:
             teacher: Teacher = instantiate(job.cfg.model)
             reference = float_reference(job, teacher, instantiate(job.cfg.data))
         conversion = make_student(job, teacher, known_bits(job))
+        expect_exportable(job, teacher, conversion.student)
         expect_float_accuracy(job, teacher, reference)
         networks: dict[str, nn.Module] = {"float": teacher.network}
         identity = {"teacher": teacher.weights_hash}

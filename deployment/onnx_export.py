@@ -15,17 +15,24 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from deployment.containers import Container, check_container
+from deployment.containers import Container, activation_storage, check_container
 from deployment.onnx_call import Call, arguments_of
 from deployment.onnx_graph import OnnxGraph
 from deployment.onnx_layers import Layers, quantized
 from deployment.onnx_operators import WRITERS, clip, clip_bounds
 from deployment.onnx_values import Facts, Value, Values, facts_of
+from deployment.origins import LOGITS
 from deployment.runtime import require
+from deployment.whole_file import whole_file
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer
 from quantizers.operators import Operators
 
-INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+INPUT, OUTPUT, BATCH = "images", LOGITS, "batch"
+# onnxruntime takes a QuantizeLinear to the other side of these, where it joins it to a layer and rounds the bias
+MOVED_ACROSS = {
+    "maxpool2d", "flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "getitem",
+    "contiguous", "clone", "detach", "identity", "float",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,8 @@ class Exported:
     def save(self, path: str | Path) -> Path:
         """Write the model, by a temporary name and a rename."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(self.model.SerializeToString())
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(self.model.SerializeToString())
         return path
 
 
@@ -74,10 +79,11 @@ def export_onnx(
         facts: go into the model's metadata, beside calibrant's version and the container.
 
     Raises:
-        ValueError: if onnx is not installed, an argument is wrong, an operator cannot be written, or roundings are
-            not final.
+        ValueError: if onnx is not installed or too old, an argument is wrong, an operator cannot be written, or
+            roundings are not final.
     """
     opset = check_container(container, opset)
+    _expect_known(opset)
     walk = _Walk(student, tuple(input_size), container)
     output = walk.run()
     graph, helper, types = walk.graph, walk.graph.helper, walk.graph.types
@@ -134,7 +140,10 @@ class _Walk:
             self._write_site(node, module)
         elif isinstance(module, (QuantizedLayer, *WEIGHTED)):
             source = node.all_input_nodes[0]
-            facts: dict[str, Any] = {"rank": len(self.shapes[source]), "output_quantized": self._is_quantized(node)}
+            facts: dict[str, Any] = {
+                "rank": len(self.shapes[source]),
+                "output_quantized": self._site_behind(node) is not None,
+            }
             self.values[node] = self.layers.write(str(node.target), module, self._value(source), node.name, **facts)
         elif self._clip(node) is None or not self._is_left_to_its_site(node):
             call = Call(node, arguments_of(node, name, module), self.values, self.facts)
@@ -162,12 +171,16 @@ class _Walk:
         module = self.operators.module(reader)
         return not others and isinstance(module, ActivationSite) and module.enabled
 
-    def _is_quantized(self, node: fx.Node) -> bool:
-        """Whether a layer's output goes to a quantizer only, through a clip at most."""
-        if self._is_left_to_its_site(node):
-            return True
-        (reader, *others) = node.users
-        return not others and self._clip(reader) is not None and self._is_left_to_its_site(reader)
+    def _site_behind(self, node: fx.Node) -> ActivationSite | None:
+        """The quantizer that alone reads a node, through clips and what onnxruntime moves a QuantizeLinear across."""
+        while len(readers := [user for user in node.users if user in self.shapes or user.op == "output"]) == 1:
+            (node,) = readers
+            module = self.operators.module(node)
+            if isinstance(module, ActivationSite):
+                return module if module.enabled else self._site_behind(node)
+            if self.operators.name(node) not in MOVED_ACROSS and self._clip(node) is None:
+                return None
+        return None
 
     def _write_site(self, node: fx.Node, site: ActivationSite) -> None:
         source, bounds = node.all_input_nodes[0], None
@@ -175,11 +188,24 @@ class _Walk:
             bounds, source = self._clip(source), source.all_input_nodes[0]
         value = self._value(source)
         if site.enabled:
+            moves = self.operators.name(source) in MOVED_ACROSS and value.floats is not None
+            if moves and activation_storage(site.quantizer.grid, self.container).bits != 8:
+                value = Value(self.graph.unchanged(str(value.floats)))  # MaxPool and Clip know no 4 bits
             tensor = str(node.meta.get("tensor", node.name))
             value = quantized(self.values, value, site, tensor, self.container, bounds)
             assert value.integers is not None
             self.sites[str(node.target)] = value.integers.name
         self.values[node] = value
+
+
+def _expect_known(opset: int) -> None:
+    onnx = require("onnx")
+    known = require("onnx.defs").onnx_opset_version()
+    if opset > known:
+        raise ValueError(
+            f"export.opset: expected at most {known}, the highest of the installed onnx {onnx.__version__}, got "
+            f"{opset}, which container int2 needs at least 25 of; pip install --upgrade onnx"
+        )
 
 
 def _version() -> str:

@@ -2,28 +2,34 @@
 
 Floating point sums differ in their order, integer kernels multiply by other scales: a tensor may be off by one step
 where it lay on the edge between two. Such a step would show in all layers behind it, so each tensor is compared on the
-runtime's own inputs: the student is run with every quantized tensor replaced by the runtime's. Biases that the file
-has in integers are rounded in the student as well: what that costs is the difference between the two students.
+runtime's own inputs: the student is run with every quantized tensor replaced by the runtime's. Then elements may differ
+only where they lie on an edge, few do, and the logits are the same up to the rounding of floats, so that every image is
+predicted alike unless two of its logits are equal within that. Biases that the file has in integers are rounded in the
+student as well: what that costs is the difference between the two students.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from deployment.onnx_export import INPUT, OUTPUT, Exported
+from deployment.origins import Origin, origins_of
 from deployment.runtime import require, session
-from quantizers.layer import ActivationSite
 
 STEPS = 1  # that a quantized tensor may be off
-RELATIVE = 1e-3  # that the float output may be off, of its largest value
+SHARE = 1e-3  # of its elements that may differ; a tie is decided otherwise in one of 10,000 at most
+FEW = 2  # elements that may differ in any tensor, however small
+EDGE = 0.002  # steps that an element which differs may lie away from the edge between two; floats are off by 1.5e-4
+RELATIVE = 1e-5  # that the logits may be off, of their largest; floats are off by 4e-7
+PART = 16  # images whose tensors are in memory at a time
 
 
 class ParityError(RuntimeError):
@@ -32,115 +38,165 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParity:
-    """One tensor on the runtime's own inputs. `steps`: the largest difference, in steps of its grid, or, for the
-    float output, in `RELATIVE` of its largest value; `share`: of the elements that differ (of a quantized tensor).
+    """One tensor over all images, on the runtime's own inputs; zero is what a bound does not apply to.
+
+    Attributes:
+        tensor: name of the node that gives it, or `logits`.
+        layer: path of the layer that it comes from; empty where it comes from none, as a sum of quantized tensors.
+        elements: compared.
+        steps: the largest difference, in steps of its grid.
+        share: of the elements that differ; those with the same value in the same images count once, since a plain
+            background is one tie.
+        edge: the largest distance of an element that differs from the edge between two steps, in steps.
+        relative: the largest difference of the logits, of their largest absolute value.
+        leeway: factor on the bounds of `share`, `edge` and `relative`: the layers since the last quantized tensor,
+            whose rounding of floats adds up, and how much finer its steps are than those of 8 bits.
     """
 
     tensor: str
-    steps: float
-    share: float
+    layer: str
+    elements: int
+    steps: float = 0.0
+    share: float = 0.0
+    edge: float = 0.0
+    relative: float = 0.0
+    leeway: float = 1.0
+
+    @property
+    def fault(self) -> str:
+        """What passes a bound, in words; empty where nothing does."""
+        if not self.relative <= RELATIVE * self.leeway:
+            return f"{self.relative:.2g} of their largest apart, where {RELATIVE * self.leeway:.2g} is rounding"
+        if not self.steps <= STEPS:
+            return f"{self.steps:.0f} steps apart, where {STEPS} is a tie"
+        edge = min(EDGE * self.leeway, 0.25)
+        if not self.edge <= edge:
+            return f"rounded otherwise {self.edge:.2g} steps away from the edge between two, where {edge:.2g} is a tie"
+        if not self.share * self.elements <= FEW + SHARE * self.leeway * self.elements:
+            return f"apart in more elements than the {SHARE * self.leeway:.2g} that can be ties"
+        return ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """On labelled images, in per cent: top-1 of the runtime, of the student as it is and of the student with rounded
-    biases, and the share of images on which runtime and student with rounded biases predict alike.
+class Parity(NamedTuple):
+    """`rows`: quantized tensors in order of execution, then the logits. `images`: compared. `alike`: of these are
+    predicted alike on the runtime's own inputs; the others are ties where the logits agree.
     """
 
+    rows: list[TensorParity]
     images: int
-    top1: float
-    student_top1: float
-    rounded_top1: float
-    agreement: float
+    alike: int
 
 
 class _Compared:
     """Replaces what a site gives by what the runtime gave, and keeps how far the two are apart."""
 
-    def __init__(self, tensor: str, seen: Tensor) -> None:
-        self.tensor, self.seen = tensor, seen
-        self.rows: list[TensorParity] = []
+    def __init__(self, tensor: str, origin: Origin) -> None:
+        self.tensor, self.origin = tensor, origin
+        self.seen: Any = None  # the runtime's integers for the images to come
+        self.elements = self.different = self.steps = 0
+        self.edge, self.bits = 0.0, 8
 
     def __call__(self, site: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        quantizer = site.quantizer
-        q, scale, zero_point = quantizer.integers(inputs[0])
-        theirs = self.seen.to(q.device, torch.int32) + quantizer.grid.low
-        off = (q - theirs).abs()
-        share = float((off > 0).float().mean())
-        self.rows.append(TensorParity(tensor=self.tensor, steps=float(off.max()), share=share))
+        quantizer, (x,) = site.quantizer, inputs
+        q, scale, zero_point = quantizer.integers(x)
+        grid = quantizer.grid
+        theirs = torch.from_numpy(self.seen.astype("int32")) + grid.low
+        apart = q != theirs
+        self.bits, self.elements = grid.bits, self.elements + q.numel()
+        if apart.any():
+            differing = x[apart].double()
+            self.different += len(differing.unique())
+            self.steps = max(self.steps, int((q - theirs).abs().max()))
+            exact = (differing / scale.double() + zero_point.double()).clamp(grid.low, grid.high)
+            self.edge = max(self.edge, float((exact - theirs[apart]).abs().max()) - 0.5)
         return (theirs - zero_point) * scale
+
+    def row(self) -> TensorParity:
+        found = {"steps": float(self.steps), "share": self.different / max(self.elements, 1), "edge": self.edge}
+        leeway = float(max(self.origin.layers, 1) * 2 ** max(self.bits - 8, 0))
+        return TensorParity(tensor=self.tensor, layer=self.origin.layer, elements=self.elements, leeway=leeway, **found)
+
+
+class _Logits:
+    """Keeps how far the logits are apart, and how many images are predicted alike."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.images = self.alike = self.elements = 0
+        self.off, self.largest = 0.0, 1e-12
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        off = float((ours - theirs).abs().max()) if bool(torch.isfinite(theirs).all()) else float("inf")
+        self.off, self.largest = max(self.off, off), max(self.largest, float(ours.abs().max()))
+        self.images, self.elements = self.images + len(ours), self.elements + ours.numel()
+        self.alike += int((ours.argmax(1) == theirs.argmax(1)).reshape(len(ours), -1).all(1).sum())
+
+    def row(self) -> TensorParity:
+        layer, layers = self.origin
+        relative = self.off / self.largest
+        return TensorParity(
+            tensor=OUTPUT, layer=layer, elements=self.elements, relative=relative, leeway=float(max(layers, 1))
+        )
 
 
 @torch.no_grad()
-def compare(student: fx.GraphModule, exported: Exported, images: Tensor, *, threads: int = 1) -> list[TensorParity]:
-    """Compares every quantized tensor and the output, in order of execution.
+def compare(
+    student: fx.GraphModule,
+    exported: Exported,
+    batches: Iterable[Tensor],
+    *,
+    limit: int | None = None,
+    threads: int = 1,
+) -> Parity:
+    """Compares every quantized tensor and the logits; the tensors of a few images are in memory at a time.
 
     Args:
         student: what was exported, on the CPU.
         exported: what `export_onnx` gave.
-        images: (N, C, H, W), normalised; others than those of the calibration.
+        batches: of images (N, C, H, W), normalised; others than those of the calibration.
+        limit: compare the first so many images; None: all.
         threads: of the runtime.
+
+    Raises:
+        ValueError: if there is no image.
     """
-    names = list(exported.sites.values())
-    run = session(_with_outputs(exported.model, names), threads=threads)
-    output, *integers = run.run([OUTPUT, *(f"{name}_seen" for name in names)], {INPUT: images.numpy()})
-    theirs = torch.from_numpy(output)
-    seen = {path: torch.from_numpy(found.astype("int32")) for path, found in zip(exported.sites, integers, strict=True)}
-    tensors = {str(n.target): str(n.meta.get("tensor", n.name)) for n in student.graph.nodes if n.target in seen}
     rounded = with_rounded_biases(student, exported)
-    with _on_the_runtimes_inputs(rounded, seen, tensors) as rows:
-        ours = rounded(images)
-    largest = max(float(ours.abs().max()), 1e-12)
-    off = float((ours - theirs).abs().max()) / largest
-    if not torch.isfinite(theirs).all():
-        off = float("inf")
-    return [*rows, TensorParity(tensor=OUTPUT, steps=off / RELATIVE, share=0.0)]
+    origins = origins_of(rounded)
+    names = {str(node.target): str(node.meta.get("tensor", node.name)) for node in rounded.graph.nodes}
+    sites = {path: _Compared(names[path], origins[path]) for path in exported.sites}
+    logits = _Logits(origins[OUTPUT])
+    run = session(_with_outputs(rounded, exported), threads=threads)
+    outputs = [OUTPUT, *(f"{name}_seen" for name in exported.sites.values())]
+    with _on_the_runtimes_inputs(rounded, sites):
+        for images in _parts(batches, limit):
+            theirs, *integers = run.run(outputs, {INPUT: images.numpy()})
+            for site, found in zip(sites.values(), integers, strict=True):
+                site.seen = found
+            logits.add(rounded(images), torch.from_numpy(theirs))
+    if not logits.images:
+        raise ValueError("images: expected at least one image to compare, got none")
+    return Parity([*(site.row() for site in sites.values()), logits.row()], logits.images, logits.alike)
 
 
-def expect_parity(rows: list[TensorParity]) -> None:
-    """Raises `ParityError` naming the first tensor that is off by more than a step."""
-    wrong = next((row for row in rows if not row.steps <= STEPS), None)
-    if wrong is not None:
-        raise ParityError(
-            f"export: expected at most {STEPS} step of difference between runtime and student, got {wrong.steps:.3g} "
-            f"at {wrong.tensor}, the first tensor that differs ({100 * wrong.share:.2f} % of its elements); a "
-            "container without integer kernels (export.container=int4) tells whether it is these"
+def expect_parity(found: Parity) -> None:
+    """Raises `ParityError` naming the first tensor that is off by more than floats are, and its layer."""
+    wrong = next((row for row in found.rows if row.fault), None)
+    if wrong is None:
+        return
+    layer = f" (layer {wrong.layer})" if wrong.layer else ""
+    if wrong.tensor == OUTPUT:
+        what = (
+            f"expected the logits{layer} of runtime and student to be alike, got them {wrong.fault}; "
+            f"{found.images - found.alike} of {found.images} images are predicted otherwise"
         )
-
-
-@torch.no_grad()
-def predictions(
-    student: fx.GraphModule, exported: Exported, batches: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1
-) -> Predictions:
-    """Predictions of runtime and student on batches of normalised images (N, C, H, W) and labels (N,)."""
-    run = session(exported.model.SerializeToString(), threads=threads)
-    rounded = with_rounded_biases(student, exported)
-    count, right, alike = 0, [0, 0, 0], 0
-    for images, labels in batches:
-        theirs = torch.from_numpy(run.run(None, {INPUT: images.numpy()})[0]).argmax(1)
-        answers = [theirs, student(images).argmax(1), rounded(images).argmax(1)]
-        right = [n + int((answer == labels).sum()) for n, answer in zip(right, answers, strict=True)]
-        alike, count = alike + int((answers[0] == answers[2]).sum()), count + len(labels)
-    if not count:
-        raise ValueError("images: expected at least one labelled image to predict, got none")
-    runtime, own, own_rounded, agreement = (100.0 * n / count for n in (*right, alike))
-    return Predictions(images=count, top1=runtime, student_top1=own, rounded_top1=own_rounded, agreement=agreement)
-
-
-def expect_same_top1(found: Predictions, tolerance: float) -> None:
-    """Raises `ParityError` where the top-1 of runtime and student (with rounded biases) are apart.
-
-    By more than `tolerance` points, and by more than chance does: a tensor that is a step off changes predictions that
-    were near to change, many of them in a network that quantization has broken. Of d changed predictions, as many
-    become right as wrong, within 3 sqrt(d).
-    """
-    off = abs(found.top1 - found.rounded_top1) * found.images / 100
-    changed = (100 - found.agreement) * found.images / 100
-    if off > max(tolerance * found.images / 100, 3 * math.sqrt(changed)) + 1e-6:
-        raise ParityError(
-            f"export: expected the student's top-1 on {found.images} images, {found.rounded_top1:.2f}, within "
-            f"{tolerance} points, got {found.top1:.2f} from the runtime; they predict alike on {found.agreement:.2f} %"
+    else:
+        what = (
+            f"expected the same integers from runtime and student up to ties, got them {wrong.fault}, at "
+            f"{wrong.tensor}{layer}, the first tensor that differs ({100 * wrong.share:.2g} % of its elements)"
         )
+    raise ParityError(
+        f"export: {what}; a container without integer kernels (export.container=int4) tells whether it is these"
+    )
 
 
 def with_rounded_biases(student: fx.GraphModule, exported: Exported) -> fx.GraphModule:
@@ -152,32 +208,33 @@ def with_rounded_biases(student: fx.GraphModule, exported: Exported) -> fx.Graph
     return rounded
 
 
+def _parts(batches: Iterable[Tensor], limit: int | None) -> Iterator[Tensor]:
+    left = sys.maxsize if limit is None else limit
+    for batch in batches:
+        yield from batch[:left].split(PART)
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
 @contextmanager
-def _on_the_runtimes_inputs(
-    student: fx.GraphModule, seen: dict[str, Tensor], tensors: dict[str, str]
-) -> Iterator[list[TensorParity]]:
-    rows: list[TensorParity] = []
-    handles = []
-    for path, found in seen.items():
-        site = student.get_submodule(path)
-        assert isinstance(site, ActivationSite)
-        compared = _Compared(tensors[path], found)
-        compared.rows = rows
-        handles.append(site.register_forward_hook(compared))
+def _on_the_runtimes_inputs(student: fx.GraphModule, sites: Mapping[str, _Compared]) -> Iterator[None]:
+    handles = [student.get_submodule(path).register_forward_hook(compared) for path, compared in sites.items()]
     try:
-        yield rows
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _with_outputs(model: Any, names: list[str]) -> bytes:
-    """The model with these integer tensors as further outputs, widened to 8 bits at least."""
+def _with_outputs(student: fx.GraphModule, exported: Exported) -> bytes:
+    """The model with all integer tensors as further outputs, in bytes, or two of them for wider grids."""
     onnx = require("onnx")
     probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    for name in names:
-        node = onnx.helper.make_node("Cast", [name], [f"{name}_seen"], to=onnx.TensorProto.INT32)
-        probed.graph.node.append(node)
-        probed.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_seen", onnx.TensorProto.INT32, None))
+    probed.CopyFrom(exported.model)
+    for path, name in exported.sites.items():
+        site: Any = student.get_submodule(path)
+        kind = onnx.TensorProto.UINT8 if site.quantizer.grid.bits <= 8 else onnx.TensorProto.UINT16
+        probed.graph.node.append(onnx.helper.make_node("Cast", [name], [f"{name}_seen"], to=kind))
+        probed.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_seen", kind, None))
     return probed.SerializeToString()

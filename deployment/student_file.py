@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from deployment.whole_file import whole_file
 from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of
 
 FAMILY, VERSION = "calibrant student ", 1  # a reader knows its own version and those before
@@ -27,12 +28,10 @@ def save_student(student: nn.Module, path: Path, facts: Mapping[str, str]) -> Pa
     in float. The file appears whole: it is written under a temporary name and renamed.
     """
     state = {key: value.detach().cpu().clone().contiguous() for key, value in student.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     off = json.dumps([path for path, part in _switches(student).items() if not part.enabled])
     metadata = {"format": FORMAT, SWITCHED_OFF: off, GRIDS: json.dumps(_grids(student))}
-    save_file(state, temporary, metadata=metadata | dict(facts))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(state, temporary, metadata=metadata | dict(facts))
     return path
 
 

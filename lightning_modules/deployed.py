@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from deployment.containers import Container
-from deployment.exports import FILE, OnnxExport
+from deployment.exports import FILE, OnnxExport, written_if_alike
 from deployment.latency import Latency, LayerTime, OperatorTime, latencies, layer_times, operator_times
 from deployment.latency_table import PairTime, latency_table
 from deployment.onnx_export import export_onnx
 from deployment.parity import TensorParity, compare, expect_parity
 from deployment.runtime import require
+from deployment.whole_file import expect_no_folder
 from lightning_modules.saved_students import load_student_from
 from quantizers.layer import float_mode
 
@@ -40,17 +41,23 @@ def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -
         output: None is `model.onnx` in the run's folder.
 
     Raises:
-        ValueError: see `load_student_from`, `export_onnx`.
-        ParityError: where the runtime does not follow the student.
+        ValueError: see `load_student_from`, `export_onnx`; if `output` is a folder; for all images (`compared` None),
+            which noise has no number of.
+        ParityError: where the runtime does not follow the student; a file from before stays, see `written_if_alike`.
     """
-    saved = load_student_from(folder)
     path = output or folder / FILE
-    exported = chosen.write(saved.network, saved.input_size, path, saved.metadata)
-    if not chosen.compared:
-        return path, []
-    images = torch.randn(chosen.compared, *saved.input_size, generator=torch.Generator().manual_seed(0))
-    rows = compare(saved.network, exported, images, threads=chosen.threads)
-    expect_parity(rows)
+    expect_no_folder(path)
+    if chosen.compared is None:
+        raise ValueError("export.compared: expected a number of noise images to compare on, got null; choose 256")
+    saved = load_student_from(folder)
+    exported = chosen.make(saved.network, saved.input_size, saved.metadata)
+    rows: list[TensorParity] = []
+    with written_if_alike(exported, path):
+        if chosen.compared:
+            images = torch.randn(chosen.compared, *saved.input_size, generator=torch.Generator().manual_seed(0))
+            found = compare(saved.network, exported, [images], threads=chosen.threads)
+            expect_parity(found)
+            rows = found.rows
     return path, rows
 
 
