@@ -163,6 +163,20 @@ def test_equal_values_are_one_tie() -> None:
     assert row.fault == ""
 
 
+def test_one_value_that_is_no_tie_is_found() -> None:
+    """However few elements differ, each lies on an edge."""
+    student = student_of(net(), (8, 8))
+    exported = export_onnx(student, SIZE, container="int8")
+    grid = student.get_submodule("activation_sites.x").quantizer
+    images = float((200.4 - grid.zero_point) * grid.scale) * torch.ones(4, *SIZE)  # a tenth of a step below the edge
+    beyond = np.float32((200.4 - float(grid.zero_point)) / (200.6 - float(grid.zero_point)))
+    replaced(exported, "x_scale", constants(exported.model)["x_scale"] * beyond)
+    row = compare(student, exported, [images]).rows[0]
+    assert (row.tensor, row.steps, round(row.share * row.elements)) == ("x", 1, 1)
+    assert row.edge == pytest.approx(0.1, abs=1e-3)
+    assert "0.1 steps away from the edge between two, where 0.002 is a tie" in row.fault
+
+
 def test_layers_of_tensors() -> None:
     student = student_of(net(), (8, 8))
     origins = origins_of(student)
