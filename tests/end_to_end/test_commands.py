@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import commands
-from deployment.parity import TensorParity
+from deployment.parity import Parity, TensorParity
 from run import run_job
 from tests.configuration import ROOT, SMALL, composed
 from tests.lightning_modules.canaries import pickled
@@ -132,10 +132,14 @@ def test_an_opset_that_is_unknown(copy: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_output_that_cannot_be_written(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file" / "model.onnx", tmp_path):
-        said = message(monkeypatch, "export", str(copy), "--compared", "0", "--output", str(output))
-        assert said.startswith(f"calibrant export: --output: expected a file that can be written, got {output} (")
-        assert "name one in a folder where you may write" in said
+    output = tmp_path / "file" / "model.onnx"
+    said = message(monkeypatch, "export", str(copy), "--compared", "0", "--output", str(output))
+    assert said.startswith(f"calibrant export: --output: expected a file that can be written, got {output} (")
+    assert "name one in a folder where you may write" in said
+    said = message(monkeypatch, "export", str(copy), "--compared", "0", "--output", str(tmp_path))
+    assert said == (
+        f"calibrant export: output: expected the name of a file, got {tmp_path}, which is a folder; name a file in it"
+    )
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -148,11 +152,12 @@ def test_a_corrupt_model_is_not_measured(content: bytes, copy: Path, monkeypatch
 
 
 def test_a_model_that_is_not_the_student_ends_in_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [TensorParity(tensor="stem", steps=7.0, share=0.5)]
-    monkeypatch.setattr("lightning_modules.deployed.compare", lambda *_, **__: rows)
+    found = Parity([TensorParity(tensor="relu", layer="stem", elements=10, steps=7.0, share=0.5)], images=1, alike=1)
+    monkeypatch.setattr("lightning_modules.deployed.compare", lambda *_, **__: found)
     said = message(monkeypatch, "export", str(copy))
-    assert said.startswith("calibrant export: export: expected at most 1")
-    assert "got 7 at stem" in said
+    assert said.startswith("calibrant export: export: expected the same integers from runtime and student up to ties")
+    assert "got them 7 steps apart, where 1 is a tie, at relu (layer stem)" in said
+    assert said.endswith(f"the file is kept as {copy / 'model.failed.onnx'}, not as model.onnx")
 
 
 def test_a_table_that_cannot_be_written(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
