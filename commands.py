@@ -35,7 +35,7 @@ def export(arguments: Sequence[str]) -> None:
     parser = _parser("export", "Write the student of a run as ONNX and compare it in onnxruntime.")
     parser.add_argument("--container", choices=get_args(Container), default="auto", help="see docs/deployment.md")
     parser.add_argument("--opset", type=int, help="the lowest that has the container's types if left out")
-    parser.add_argument("--compared", type=int, default=16, help="noise images to compare on; 0: do not compare")
+    parser.add_argument("--compared", type=int, default=64, help="noise images to compare on; 0: do not compare")
     parser.add_argument("--output", type=Path, help="model.onnx in the run's folder if left out")
     given = parser.parse_args(arguments)
     newest = require("onnx.defs").onnx_opset_version()
