@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from callbacks.report import named
+from callbacks.wandb_access import short
+
+log = logging.getLogger(__name__)
 
 # Key in W&B by file in the run's folder.
 PICTURES = {
@@ -67,13 +71,15 @@ class Content:
         row: dict[str, Any] = {}
         for name, key in PICTURES.items():
             if self._is_new(folder / name):
-                row[key] = wandb.Image(str(folder / name), caption=self._caption(name, facts))
+                caption = self._caption(name, facts)
+                row[key] = readable(folder / name, lambda path, text=caption: wandb.Image(str(path), caption=text))
         for name, key in TABLES.items():
-            if self._is_new(folder / name):
-                row[key] = table = read_table(folder / name)
+            if self._is_new(folder / name) and (table := readable(folder / name, read_table)) is not None:
+                row[key] = table
                 if name in BARS and set(BARS[name][1:]) <= set(table.columns):
                     bar, *columns = BARS[name]
                     row[bar] = wandb.plot.bar(table, *columns, title=f"{columns[1]} of every {columns[0]}")
+        row = {key: value for key, value in row.items() if value is not None}
         if row:
             run.log(row)
 
@@ -107,6 +113,15 @@ class Content:
     def _caption(name: str, facts: Mapping[str, Any]) -> str | None:
         found = facts.get("images", {})
         return f"{found.get('count')} {found.get('origin')}, {found.get('digest')}" if name == "images.png" else None
+
+
+def readable(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What can be read of a file; None, and a warning, where it is missing, half written or of another kind."""
+    try:
+        return read(path)
+    except Exception as error:  # of wandb's, pillow's and others' libraries
+        log.warning("W&B is not shown %s (%s)", path, short(error))
+        return None
 
 
 def read_table(path: Path) -> wandb.Table:

@@ -21,7 +21,9 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.wandb_content import Content, labels
+from callbacks import wandb_access
+from callbacks.wandb_access import short
+from callbacks.wandb_content import Content, labels, readable
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ class WandbRun(Logger):
     """One W&B run for one job: configuration, metrics with an axis a stage, pictures, tables, artifacts.
 
     Whatever fails in W&B is said once, in a warning, and the job goes on: a run that cannot be opened online is kept
-    offline, and one that cannot be kept is left out. Only the first of several processes logs.
+    offline, one that cannot be kept is left out, and so is a picture or table that cannot be read. Nobody is asked for
+    a login. Only the first of several processes logs.
 
     Args:
         project: in W&B.
@@ -131,10 +134,10 @@ class WandbRun(Logger):
     @rank_zero_only
     def log_image(self, key: str, images: Sequence[str], step: int | None = None) -> None:
         """Show picture files under one key."""
-        pictures: Any = []
-        with self._tolerated("show pictures"):
-            pictures = [wandb.Image(str(path)) for path in images]
-        self.log_metrics({key: pictures}, step)
+        found = [readable(Path(path), lambda path: wandb.Image(str(path))) for path in images]
+        pictures: Any = [picture for picture in found if picture is not None]
+        if pictures:
+            self.log_metrics({key: pictures}, step)
 
     @rank_zero_only
     def show(self, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -146,7 +149,16 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def conclude(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Show what is left, put sizes and seconds into the summary, log the artifacts, and end the run."""
+        """Show what is left, put sizes and seconds into the summary, log the artifacts, and end the run.
+
+        A job that was interrupted may have to be requeued before it is killed, so that it waits for a short time only.
+        """
+        if facts.get("status") != "interrupted":
+            self._conclude(folder, facts)
+        elif not wandb_access.within(wandb_access.HAND_OVER_S, lambda: self._conclude(folder, facts)):
+            log.warning("W&B was too slow for a job that is stopped; what is missing there is kept for `wandb sync`")
+
+    def _conclude(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.show(folder, facts)
         if self._run is not None and not self._given_up:
             with self._tolerated("log the summary and artifacts"):
@@ -174,10 +186,12 @@ class WandbRun(Logger):
         arguments: dict[str, Any] = self._labels | identity
         arguments |= {"project": self.project, "dir": str((self.folder / place).resolve())}
         arguments |= {"reinit": "create_new", "resume": "allow" if known else None}
-        arguments["settings"] = wandb.Settings(console="off")  # stdout is not to be replaced by one who only watches
-        if os.environ.get("WANDB_MODE") == "disabled":
-            return wandb.init(**arguments)
-        if not self.offline:
+        arguments["settings"] = wandb_access.settings()
+        mode = wandb_access.mode(self.offline)
+        if mode == "online" and not wandb_access.has_login():
+            log.warning("W&B has no login here (`wandb login`); the run is kept offline, for `wandb sync`")
+            mode = "offline"
+        if mode not in ("offline", "dryrun"):
             try:
                 return wandb.init(**arguments)
             except Exception as error:
@@ -211,9 +225,3 @@ def given_id(folder: Path) -> str:
     """The id that `wandb agent` or the user chose, or a new one; jobs of a sweep of ours never share one."""
     chosen = None if sweep_folder(folder) is not None else os.environ.get("WANDB_RUN_ID")
     return chosen or secrets.token_hex(4)
-
-
-def short(error: Exception) -> str:
-    """Type and first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

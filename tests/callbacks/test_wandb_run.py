@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
+from callbacks import wandb_access
 from callbacks.wandb_content import Content, labels, number
 from callbacks.wandb_run import IDENTITY, WandbRun, given_id
 from tests.callbacks.offline_runs import read_runs
+from tests.configuration import ROOT
 
 FINISHED = {"status": "finished", "stages": {"images": {"seconds": 2.0, "peak_mib": 1.0}, "ranges": {"seconds": 0.5}}}
 
@@ -98,11 +111,12 @@ def unreachable(*arguments: Any, **options: Any) -> None:
 def exercise(run: WandbRun, folder: Path) -> None:
     """All that a job asks of its logger."""
     (folder / "units.csv").write_text("unit,error_hard\nconv1,0.5\n")
+    Image.new("RGB", (4, 4)).save(folder / "images.png")
     run.log_hyperparams({"seed": 0})
     for step in range(3):
         run.log_metrics({"test/top1": 1.0}, step)
     run.show(folder, FINISHED)
-    run.log_image("images/samples", [str(folder / "missing.png")], 0)
+    run.log_image("images/samples", [str(folder / "images.png")], 0)
     run.experiment.log({"own": 1})
     run.conclude(folder, FINISHED)
 
@@ -134,18 +148,53 @@ def test_a_folder_that_takes_nothing_costs_the_job_nothing(tmp_path: Path, caplo
     assert len(said(caplog)) == 1
 
 
-def test_after_a_failure_the_run_is_closed_and_the_next_job_has_its_own(tmp_path: Path) -> None:
-    exercise(logger(tmp_path), tmp_path)  # the picture is missing
+@pytest.mark.parametrize(("name", "content"), [("units.csv", ""), ("images.png", "no picture"), ("images.png", None)])
+def test_what_cannot_be_read_is_left_out_and_the_run_goes_on(
+    name: str, content: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = logger(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "quantizers.csv").write_text("module,bits\nconv1,4\n")
+    run.log_image("images/mine", [str(tmp_path / "images.png")], 0)
+    run.show(tmp_path, FINISHED)
+    run.log_metrics({"test/top1": 1.0}, 0)
+    run.conclude(tmp_path, FINISHED)
+    assert any(str(tmp_path / name) in record.message for record in caplog.records)
+    (found,) = read_runs(tmp_path)
+    assert found.series("test/top1") == [(0, 1.0)]
+    assert found.table("convert/quantizers") == [{"module": "conv1", "bits": 4.0}]
+    assert found.summary["seconds/total"] == 2.5
+
+
+def test_after_a_failure_the_run_is_closed_and_the_next_job_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Content, "show", broken)
+        exercise(logger(tmp_path), tmp_path)
     assert wandb.run is None
     (found,) = read_runs(tmp_path)
     assert found.exit_code == 0
     assert len(found.series("test/top1")) == 3
+    assert not found.series("images/samples")
     (tmp_path / "next").mkdir()
     exercise(logger(tmp_path / "next"), tmp_path / "next")
     assert read_runs(tmp_path / "next")[0].id != found.id
 
 
-def test_without_login_the_run_is_kept_offline(
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the machine's own settings say of W&B, but for a key that it does not have."""
+    wandb.teardown()  # keeps the settings of the process
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_run_that_cannot_be_opened_is_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = wandb.init
@@ -154,14 +203,96 @@ def test_without_login_the_run_is_kept_offline(
     run.log_metrics({"test/top1": 1.0}, 0)
     run.conclude(tmp_path, FINISHED)
     (message,) = said(caplog)
-    assert "kept offline" in message
+    assert "cannot be reached" in message
     assert read_runs(tmp_path)[0].series("test/top1") == [(0, 1.0)]
+
+
+WITHOUT_LOGIN = """
+import logging, pathlib, sys
+from callbacks.wandb_run import WandbRun
+logging.basicConfig()
+for name in "ab":
+    run = WandbRun("calibrant", f"{sys.argv[1]}/{name}", artifacts=False)
+    run.log_metrics({"test/top1": 1.0}, 0)
+    run.conclude(pathlib.Path(sys.argv[1], name), {"status": "finished"})
+"""
+
+
+def test_without_a_login_nobody_is_asked_for_one(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_LOGIN, str(tmp_path)], cwd=tmp_path, env=environment, stdin=its_end,
+        stdout=its_end, stderr=its_end, start_new_session=True,
+    )  # fmt: skip
+    os.close(its_end)
+    printed = written_to(terminal, process, 60)
+    assert process.returncode == 0, printed
+    assert "Enter your choice" not in printed
+    assert printed.count("W&B has no login here") == 2  # one a run
+    for name in "ab":
+        assert read_runs(tmp_path / name)[0].series("test/top1") == [(0, 1.0)]
+
+
+def written_to(terminal: int, process: subprocess.Popen[bytes], seconds: float) -> str:
+    """What a process writes to its terminal until it ends; it is killed when that takes long."""
+    printed, end = b"", time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            with suppress(OSError):  # it has closed its end
+                printed += os.read(terminal, 65536)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    os.close(terminal)
+    return printed.decode(errors="replace")
+
+
+def test_an_outage_is_waited_out_for_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = logger(tmp_path)
+    assert run.experiment.settings.finish_timeout == 60
+    run.conclude(tmp_path, FINISHED)
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "7")
+    wandb.teardown()
+    run = logger(tmp_path / "chosen")
+    assert run.experiment.settings.finish_timeout == 7
+    run.conclude(tmp_path, FINISHED)
+    wandb.teardown()
+
+
+def test_a_job_that_is_stopped_does_not_wait_for_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(wandb_access, "HAND_OVER_S", 0.5)
+    run = logger(tmp_path)
+    own = run.experiment
+    with monkeypatch.context() as patch:
+        patch.setattr("wandb.Run.finish", lambda self, exit_code: over.wait(60))
+        started = time.monotonic()
+        run.conclude(tmp_path, {"status": "interrupted", "stages": {}})
+        assert time.monotonic() - started < 20
+    (message,) = said(caplog)
+    assert "kept for `wandb sync`" in message
+    over.set()
+    own.finish(exit_code=1)
+
+
+def test_a_job_that_is_stopped_ends_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = logger(tmp_path)
+    run.log_metrics({"test/top1": 1.0}, 0)
+    run.conclude(tmp_path, {"status": "interrupted", "stages": {}})
+    (found,) = read_runs(tmp_path)
+    assert (found.exit_code, found.summary["status"]) == (1, "interrupted")
+    assert not said(caplog)
 
 
 def test_only_the_first_process_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     exercise(logger(tmp_path), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["units.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "units.csv"]
 
 
 def test_tables_and_pictures_are_shown_once(tmp_path: Path) -> None:
