@@ -104,7 +104,8 @@ def verify(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="keep the repeated run there; a temporary folder if left out")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        found = repeat(given.folder, (given.output or Path(temporary) / "again").absolute(), run.run_job)
+        folder = (given.output or Path(temporary) / "again").absolute()
+        found = repeat(given.folder, folder, run.run_job, Path(run.__file__))
     report.show_rows("metrics", found.metrics, show=True)
     report.show_rows("made by other things than the record", found.origins, show=True)
     words = {

@@ -26,7 +26,7 @@ from datamodules.ledger import DataLedger
 from lightning_modules.allocation import Allocation, Uniform
 from lightning_modules.corrections import Corrections
 from lightning_modules.interruption import Interrupted, Interruption, StopAtStep, go_on_after_restart
-from lightning_modules.processes import end_with_parent, limit_threads, refuse_parallel_multirun
+from lightning_modules.processes import end_with_parent, limit_threads, process_count, refuse_parallel_multirun
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Job:
         self.allocation: Allocation = instantiate(self.cfg.allocation) if "allocation" in self.cfg else Uniform()
         self.corrections = Corrections(instantiate(self.cfg.get("corrections", {}), _convert_="all"))
         self.ledger = DataLedger(data_free=self.source.origin != "real")
-        if self.cfg.resume:
+        if self.cfg.resume and self.is_main:  # the others start later, when the first may log already
             keep_metrics(self.folder / "csv")
         for settings in self.cfg.logger.values():
             logger: Logger = instantiate(settings)
@@ -145,6 +145,7 @@ class Job:
             arguments |= {"ckpt_path": checkpoint, **SAFE_LOADING}
         self.fitted.append(stage)
         trainer.fit(module, **arguments)
+        self.record.add(processes=self.record.facts.get("processes", {}) | {stage: trainer.world_size})
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints of all stages: what they led to is saved now, so that no kill can cost the work."""
@@ -163,7 +164,7 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
         ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again.
     """
     refuse_parallel_multirun(cfg)
-    end_with_parent(cfg.trainer.get("devices", 1))
+    end_with_parent(process_count(cfg.trainer))
     cfg, folder = saved_configuration(cfg)
     go_on_after_restart(cfg, folder)
     limit_threads(cfg)

@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,32 +28,45 @@ def refuse_parallel_multirun(cfg: DictConfig) -> None:
     Raises:
         ValueError: if `trainer.devices` asks for several processes under a launcher that cannot give them.
     """
-    devices = cfg.trainer.get("devices", 1)
-    if _is_one(devices) or not HydraConfig.initialized():
+    count = process_count(cfg.trainer)
+    if count == 1 or not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
     tasks = int(os.environ.get("SLURM_NTASKS") or 1)  # Slurm starts them itself
     if hydra.mode == RunMode.MULTIRUN and tasks == 1:
         launcher = hydra.runtime.choices.get("hydra/launcher") or "basic"
         raise ValueError(
-            f"trainer.devices: expected 1 in a multirun with hydra/launcher={launcher}, got {devices}; each process "
+            f"trainer.devices: expected 1 in a multirun with hydra/launcher={launcher}, got "
+            f"{cfg.trainer.get('devices', 1)}, which is {count} processes a job; each "
             "would run the whole sweep again. Add hydra/launcher=processes (every job a command of its own), or "
             "hydra/launcher=slurm_ddp, or take one device a job"
         )
 
 
-def end_with_parent(devices: object) -> None:
+def process_count(trainer: DictConfig) -> int:
+    """The processes that Lightning makes of `conf/trainer`: one for each of `devices`, on each of `num_nodes`.
+
+    `devices` is a number, a list of GPUs (`[1]` is one of them), or `auto` or `-1`: all GPUs that the process can see.
+
+    Raises:
+        ValueError: if `devices` is none of these.
+    """
+    devices = trainer.get("devices", 1)
+    return _device_count(devices, str(trainer.get("accelerator", "auto"))) * int(trainer.get("num_nodes") or 1)
+
+
+def end_with_parent(processes: int) -> None:
     """End this process when the one that started it is gone, so that no orphan waits for it or writes in its stead.
 
     A further process of a run is killed, since it hangs in a collective; a job of `hydra/launcher=processes` is asked
-    to stop (SIGTERM), which saves it. A first process with several `devices` passes its number on.
+    to stop (SIGTERM), which saves it. The first of several `processes` passes its number on.
     """
     parent = int(os.environ.get(PARENT) or 0)
     if parent not in (0, os.getpid()):
         further = int(os.environ.get("LOCAL_RANK") or 0) > 0
         ending = signal.SIGKILL if further else signal.SIGTERM
         threading.Thread(target=_watch, args=(parent, ending), daemon=True, name="end-with-parent").start()
-    if not _is_one(devices):
+    if processes > 1:
         os.environ[PARENT] = str(os.getpid())
 
 
@@ -76,8 +90,16 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _is_one(devices: object) -> bool:
-    return str(devices) in ("1", "auto", "[0]")
+def _device_count(devices: Any, accelerator: str) -> int:
+    if isinstance(devices, ListConfig | list | tuple):
+        return len(devices)
+    text = str(devices)
+    if text in ("auto", "-1"):
+        return max(1, torch.cuda.device_count()) if accelerator in ("gpu", "cuda", "auto") else 1
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise ValueError(f"trainer.devices: expected a number, a list of GPUs, auto or -1, got {text!r}")
+    return len(parts) if "," in text else int(text)  # Lightning reads "0,1" as a list
 
 
 def _watch(parent: int, ending: signal.Signals) -> None:

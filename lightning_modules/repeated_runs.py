@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.comparison import metrics_between, origins_between, read_record
 from callbacks.run_record import config_hash
 from lightning_modules.allowed_targets import expect_allowed
+from lightning_modules.processes import process_count
 from lightning_modules.saved_runs import plain
 
 EQUAL, DIFFERENT, NOT_COMPARABLE = 0, 1, 3  # exit codes; 2 is argparse's
@@ -45,17 +49,20 @@ class Repetition:
         return EQUAL if self.equal else NOT_COMPARABLE if excused else DIFFERENT
 
 
-def repeat(path: Path, folder: Path, run: Callable[[DictConfig], Mapping[str, float]]) -> Repetition:
+def repeat(
+    path: Path, folder: Path, run: Callable[[DictConfig], Mapping[str, float]], script: Path | None = None
+) -> Repetition:
     """Run a record's configuration in another folder, with a store of its own, and compare.
 
     Args:
         path: `record.json` of a finished run, or its folder.
         folder: for the repeated run; must not hold one.
         run: the main job.
+        script: the same as a file, for a run of several processes: each of them is started by its command line.
 
     Raises:
-        ValueError: if the record is of no finished run, of one that only scored another or names other code than
-            `allowed_targets` allows, or the folder is taken.
+        ValueError: if the record is of no finished run, of one that only scored another, names other code than
+            `allowed_targets` allows, is of several processes where there is no `script`, or the folder is taken.
     """
     record = read_record(path)
     if record.get("status") != "finished":
@@ -66,14 +73,42 @@ def repeat(path: Path, folder: Path, run: Callable[[DictConfig], Mapping[str, fl
         raise ValueError(f"output: expected a folder without a run in it, got {folder}")
     cfg = configuration(record, path if path.is_dir() else path.parent, folder)
     expect_allowed(cfg, path, "record")
+    count = process_count(cfg.trainer)
+    if count > 1 and script is None:
+        raise ValueError(f"record: expected that of one process, got one of {count}; use `calibrant verify` for {path}")
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    threads = re.search(r", (\d+) threads$", str(record.get("machine")))
-    if threads is not None:
-        torch.set_num_threads(int(threads[1]))  # the order of sums depends on it
-    run(cfg)
+    found = re.search(r", (\d+) threads$", str(record.get("machine")))
+    threads = int(found[1]) if found is not None else torch.get_num_threads()  # the order of sums depends on it
+    if count > 1 and script is not None:
+        _run_command(script, folder, threads)
+    else:
+        torch.set_num_threads(threads)
+        run(cfg)
     again = read_record(folder)
     return Repetition(metrics_between(record, again), origins_between(record, again), folder)
+
+
+def _run_command(script: Path, folder: Path, threads: int) -> None:
+    """The main job as a command, with the configuration saved in the folder.
+
+    Raises:
+        ValueError: if it fails; what it printed says why.
+    """
+    environment = dict(os.environ)
+    if threads != torch.get_num_threads():  # else Lightning deals them out among its processes, as it did before
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    command = [
+        sys.executable,
+        str(script),
+        "--config-path",
+        str(folder.absolute() / ".hydra"),
+        "--config-name",
+        "config",
+    ]
+    code = subprocess.run([*command, "hydra.run.dir=${paths.output}"], env=environment).returncode
+    if code:
+        raise ValueError(f"record: expected the repeated run to finish, got exit code {code}; see {folder}")
 
 
 def configuration(record: Mapping[str, Any], home: Path, folder: Path) -> DictConfig:

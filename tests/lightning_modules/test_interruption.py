@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from lightning_modules.interruption import RESTARTED, Interrupted, Interruption
+from lightning_modules.job import Job
 from lightning_modules.processes import end_with_parent, limit_threads
 from run import run_job
+from tests.callbacks.offline_runs import read_runs
 from tests.configuration import SMALL, composed
 
 SHORT = (
@@ -54,6 +58,19 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
+
+
+def test_only_the_first_process_keeps_the_csv_of_an_interrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = composed([*SMALL, "calibration=noise"], tmp_path)
+    cfg.resume = str(tmp_path)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("of the first process, which logs already")
+    for rank, found in ((1, ["metrics.csv"]), (0, ["metrics_part1.csv"])):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        Job(cfg, tmp_path).open()
+        assert [path.name for path in (tmp_path / "csv").iterdir()] == found
 
 
 @pytest.mark.parametrize(
@@ -140,10 +157,12 @@ def test_the_wandb_run_is_the_same_after_a_restart(tmp_path: Path) -> None:
     cfg = composed(overrides, tmp_path)
     run_job(cfg)
     cfg.resume = str(tmp_path)
+    time.sleep(1)  # folders of wandb's are named by the second
     run_job(cfg)
     files = [path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
-    assert len(files) >= 1
-    assert set(files) == {f"run-{json.loads((tmp_path / 'wandb_run.json').read_text())['id']}"}
+    known = json.loads((tmp_path / "wandb_run.json").read_text())["id"]
+    assert files == [f"run-{known}"] * 2  # neither wrote over the other
+    assert {run.id for run in read_runs(tmp_path)} == {known}
 
 
 def test_threads_are_those_asked_for() -> None:

@@ -66,6 +66,25 @@ def test_a_wrong_last_digit_is_found_and_excused_by_another_version_alone(folder
     assert found.code == NOT_COMPARABLE
 
 
+def test_several_processes_are_started_as_a_command_or_refused_before_anything_starts(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "record.json").read_text())["config"]
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    path, again = altered(folder, tmp_path, config=config), tmp_path / "again"
+    with pytest.raises(ValueError, match="expected that of one process, got one of 2"):
+        repeat(path, again, run_job)
+    assert not again.exists()
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[2], 'seen').write_text(' '.join(sys.argv))\nexit(3)\n"
+    )
+    with pytest.raises(ValueError, match="expected the repeated run to finish, got exit code 3"):
+        repeat(path, again, run_job, script)
+    words = (again / ".hydra" / "seen").read_text().split()
+    assert words[1:5] == ["--config-path", str(again / ".hydra"), "--config-name", "config"]
+
+
 def test_no_metric_is_no_agreement(tmp_path: Path) -> None:
     assert Repetition([], [], tmp_path).code == DIFFERENT
 
