@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 RESTARTED = "CALIBRANT_RESTARTED"  # read by lightning_modules/interruption.py
 TABLE = "jobs.csv"  # in the folder of the logs: which job is which
 RESULT_WITHIN_S = 5  # of a job's end its file has to appear on this node; each dead job in turn costs as much
-COLUMNS = ("job", "slurm_id", "overrides", "log")
+COLUMNS = ("job", "slurm_id", "overrides", "log", "folder")
 
 
 class OneJob:
@@ -63,6 +64,12 @@ def _last_line(error: Exception) -> str:
     """Of the traceback in what submitit raises for a job that raised, else of the error."""
     lines = [line for line in str(error).split("----------------------")[-2:][0].splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _folder(overrides: Sequence[str], num: int) -> str:
+    """Of a job, below the sweep's: what the sweeper named it, else its number."""
+    named = [text for text in overrides if text.startswith("hydra.sweep.subdir=")]
+    return str(OverridesParser.create().parse_override(named[-1]).value()) if named else str(num)
 
 
 class Tolerant(BaseSubmititLauncher):
@@ -138,7 +145,9 @@ class Tolerant(BaseSubmititLauncher):
                 table.writerow(COLUMNS)
             for one in jobs:
                 overrides = " ".join(filter_overrides(one.overrides))
-                table.writerow([one.num, one.job.job_id, overrides, one.job.paths.stderr])
+                table.writerow(
+                    [one.num, one.job.job_id, overrides, one.job.paths.stderr, _folder(one.overrides, one.num)]
+                )
 
 
 class TolerantSlurm(Tolerant):

@@ -92,8 +92,7 @@ class ProcessesLauncher(Launcher):
         result = JobReturn(overrides=list(filter_overrides(overrides)), status=JobStatus.FAILED)
         device = free.get()
         try:
-            if self.stopping.is_set():
-                raise RuntimeError(f"job #{num} was not started: the sweep was stopped")
+            self._expect_going_on(num)
             cfg, folder = self._folder_of(num, overrides)
             result.hydra_cfg, result.working_dir = OmegaConf.masked_copy(cfg, ["hydra"]), str(folder)
             result.cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
@@ -128,15 +127,14 @@ class ProcessesLauncher(Launcher):
         """Start the command and wait for it.
 
         Raises:
-            RuntimeError: if it ends without a result or takes too long.
+            RuntimeError: if the sweep was stopped before, or it ends without a result or takes too long.
         """
         environment = self._environment(folder, device)
-        with (folder / OUTPUT).open("ab") as output:
-            process = subprocess.Popen(
+        with (folder / OUTPUT).open("ab") as output, self.lock:
+            self._expect_going_on(num)  # under the lock: whoever stops the sweep then finds every job that runs
+            process = self.running[num] = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        with self.lock:
-            self.running[num] = process
         try:
             code = process.wait(self.timeout_s)
         except subprocess.TimeoutExpired:
@@ -152,6 +150,10 @@ class ProcessesLauncher(Launcher):
         found: Mapping[str, str] = {**os.environ, **divided(self.n_jobs), PARENT: str(os.getpid())}
         environment = {key: value for key, value in found.items() if key not in OF_ANOTHER_RUN}
         return environment | ({self.device_variable: device} if device is not None else {})
+
+    def _expect_going_on(self, num: int) -> None:
+        if self.stopping.is_set():
+            raise RuntimeError(f"job #{num} was not started: the sweep was stopped")
 
     def _stop_all(self) -> None:
         self.stopping.set()

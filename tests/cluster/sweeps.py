@@ -19,11 +19,13 @@ from tests.configuration import ROOT, SMALL
 
 QUICK = (*SMALL, "calibration=noise", "reconstruction.iterations=4", "callbacks.checkpoint.every_seconds=1000")
 
+THREADS = {"OMP_NUM_THREADS": "1"}  # of what is started
+
 
 @contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`python run.py <arguments>` in `folder`, its output in `output.log` there; killed at the latest on leaving."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | THREADS | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     environment |= {"CALIBRANT_STORE": str(folder / "store")}
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     with (folder / "output.log").open("w") as output:

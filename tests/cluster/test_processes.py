@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.pace import paced, where
 from tests.cluster.sweeps import QUICK, alive, call, output_of, place, record, started, until
+from tests.configuration import ROOT
 
 DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
@@ -43,6 +46,7 @@ def test_two_processes_a_job_in_a_sweep(tmp_path: Path) -> None:
     for seed in (0, 1):
         facts = record(place(tmp_path / "sweep", seed))
         assert (facts["status"], facts["config"]["seed"]) == ("finished", seed)
+        assert facts["processes"] == {"reconstruction": 2}
         assert not (place(tmp_path / "sweep", seed) / "result.pkl").exists()
 
 
@@ -78,3 +82,20 @@ def test_two_processes_stop_together_and_leave_no_orphan(end: signal.Signals, tm
             assert code == 0, output
             assert "resuming from" in (tmp_path / "run" / "run.log").read_text() + output
             assert record(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_verified_by_two(tmp_path: Path) -> None:
+    code, output = call(tmp_path, *QUICK, *DDP, "hydra.run.dir=run")
+    assert code == 0, output
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "commands.py"), "verify", "run/record.json", "--output", "again"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every metric is equal, bitwise" in done.stdout
+    first, second = (record(tmp_path / name) for name in ("run", "again"))
+    assert first["processes"] == second["processes"] == {"reconstruction": 2}
+    assert first["metrics"] == second["metrics"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "output.log", "run", "store"]

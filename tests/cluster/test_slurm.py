@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ ON_SLURM = (
     "hydra.launcher.status_every_s=2",
     "hydra.sweep.dir=sweep",
 )
+DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
 
 def slurm(*command: str) -> str:
@@ -110,7 +112,37 @@ def test_ctrl_c_cancels_the_array(cluster: str, tmp_path: Path) -> None:
 
 def test_two_tasks_of_a_job_reconstruct_together(cluster: str, tmp_path: Path) -> None:
     two = ("hydra/launcher=slurm_ddp", "hydra.launcher.gpus_per_node=null", *ON_SLURM[1:])
-    code, output = call(tmp_path, "-m", *QUICK, *two, "trainer=ddp", "trainer.accelerator=cpu", "seed=7")
+    code, output = call(tmp_path, "-m", *QUICK, *two, *DDP, "seed=7")
     assert code == 0, output
     facts = record(place(tmp_path / "sweep", 0))
     assert (facts["status"], facts["config"]["seed"]) == ("finished", 7)
+    assert facts["processes"] == {"reconstruction": 2}
+
+
+def task_of(sweep: Path, number: int) -> int:
+    """The process of a task of a sweep's one job: what srun has started, with the number that Slurm gave it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended
+            continue
+        ours = str(sweep).encode() in command and b"submitit.core._submit" in command
+        if ours and f"SLURM_PROCID={number}".encode() in environment.split(b"\0"):
+            return int(folder.name)
+    raise AssertionError(f"no task {number} in {sweep}")
+
+
+def test_a_killed_task_ends_its_job_within_a_minute(cluster: str, tmp_path: Path) -> None:
+    two = ("hydra/launcher=slurm_ddp", "hydra.launcher.gpus_per_node=null", *ON_SLURM[1:])
+    sweep = tmp_path / "sweep"
+    settings = (*QUICK, "reconstruction.iterations=1000", *DDP)
+    with started(tmp_path, "-m", *settings, *two, "seed=7", paced(0.2)) as process:
+        until(lambda: where(place(sweep, 0))[1] > 2)
+        (job,) = jobs_of(sweep)
+        assert job["folder"] == place(sweep, 0).name
+        os.kill(task_of(sweep, 1), signal.SIGKILL)
+        until(lambda: not states(), 60)  # a minute is the promise
+        assert process.wait(60) != 0
+        assert re.search(
+            rf"job #0 \({job['slurm_id']}\) (ended as FAILED|failed)", " ".join(output_of(tmp_path).split())
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from callbacks.sweep_plan import FAILURE
 from hydra_plugins.calibrant_launchers._command import command_of, quoted
 from hydra_plugins.calibrant_launchers._environment import changed, cores, divided
 from hydra_plugins.calibrant_launchers._results import RESULT, SaveResult
@@ -76,6 +79,7 @@ def test_any_error_reaches_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
     status, value = pickle.loads((tmp_path / RESULT).read_bytes())
     assert (status, str(value)) == ("FAILED", "Unreadable: this that")
     (tmp_path / RESULT).unlink()
+    (tmp_path / FAILURE).unlink()
     monkeypatch.setenv("LOCAL_RANK", "1")
     SaveResult().on_job_end(config, failed)
     assert not list(tmp_path.iterdir())
@@ -87,17 +91,46 @@ def test_a_failing_job_fails_alone(tmp_path: Path) -> None:
     assert code != 0
     assert "bits.weight" in output
     assert record(place(tmp_path / "sweep", 0))["status"] == "failed"
+    kept = json.loads((place(tmp_path / "sweep", 0) / FAILURE).read_text())
+    assert "bits.weight" in kept["error"]
+    assert "Traceback (most recent call last)" in kept["traceback"]
+    assert "run.py" in kept["traceback"]  # where it was raised, not where the sweep read of it
+    assert not (place(tmp_path / "sweep", 1) / FAILURE).exists()
     facts = record(place(tmp_path / "sweep", 1))
     assert facts["status"] == "finished"
     assert f"{max(1, min(cores() // 2, int(os.environ.get('OMP_NUM_THREADS', 99))))} threads" in facts["machine"]
     assert not list((tmp_path / "sweep").glob(f"*/{RESULT}"))
 
 
-def test_two_joblib_jobs_share_one_synthesis(tmp_path: Path) -> None:
+def test_a_job_that_starts_as_the_sweep_is_stopped_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = ProcessesLauncher(stop_s=1)
+
+    def stopped_meanwhile(folder: Path, device: str | None) -> dict[str, str]:
+        launcher._stop_all()
+        return dict(os.environ)
+
+    monkeypatch.setattr(launcher, "_environment", stopped_meanwhile)
+    command = [sys.executable, "-c", "import pathlib, time; pathlib.Path('began').touch(); time.sleep(60)"]
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="job #0 was not started: the sweep was stopped"):
+        launcher._wait(0, command, tmp_path, None)
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "began").exists()
+
+
+def test_two_joblib_jobs_share_one_synthesis_and_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep")
-    code, output = call(tmp_path, "-m", *SMALL, "bits=w4a4,w3a3", *options, "trainer.threads=1")
+    monkeypatch.setattr("tests.cluster.sweeps.THREADS", {})  # an OMP_NUM_THREADS would go before
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    code, output = call(tmp_path, "-m", *SMALL, "bits=w4a4,w3a3", *options)
     assert code == 0, output
     facts = [record(place(tmp_path / "sweep", job)) for job in (0, 1)]
     assert {each["images"]["digest"] for each in facts} == {facts[0]["images"]["digest"]}
     assert sorted(each["images"]["from_store"] for each in facts) == [False, True]
-    assert all(each["machine"].endswith(" 1 threads") for each in facts)
+    share = max(1, cores() // 2)
+    assert share < cores() or cores() == 1
+    assert all(each["machine"].endswith(f", {share} threads") for each in facts)

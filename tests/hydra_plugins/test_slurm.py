@@ -21,7 +21,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hydra_plugins.calibrant_launchers import _submitit
 from hydra_plugins.calibrant_launchers.slurm import SlurmLauncher
-from lightning_modules.processes import refuse_parallel_multirun
+from lightning_modules.processes import process_count, refuse_parallel_multirun
 from run import run_job
 from tests.cluster.pace import paced, where
 from tests.cluster.sweeps import QUICK, output_of, place, record, same_student, started, until
@@ -81,9 +81,9 @@ def test_a_job_is_submitted_as_asked_and_its_death_is_a_failed_result(
 ) -> None:
     monkeypatch.setattr(_submitit, "RESULT_WITHIN_S", 0)
     launcher = launcher_of(commands / "sweep", "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=1")
-    results = launcher.launch([["seed=0"], ["seed=1"]], initial_job_idx=4)
+    results = launcher.launch([["seed=0", "hydra.sweep.subdir='0-1a'"], ["seed=1"]], initial_job_idx=4)
     assert [result.status for result in results] == [JobStatus.FAILED] * 2
-    assert [result.overrides for result in results] == [["seed=0"], ["seed=1"]]
+    assert [(result.overrides or [])[0] for result in results] == ["seed=0", "seed=1"]
     with pytest.raises(RuntimeError, match=r"job #4 \(7_0\) ended as OUT_OF_MEMORY; its log: .*7_0_0_log"):
         _ = results[0].return_value
     with pytest.raises(RuntimeError, match=r"job #5 \(7_1\) ended as NODE_FAIL"):
@@ -94,8 +94,8 @@ def test_a_job_is_submitted_as_asked_and_its_death_is_a_failed_result(
     assert "mail" not in asked
     with (commands / "sweep" / ".submitit" / "jobs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["job"], row["slurm_id"], row["overrides"]) for row in rows] == [
-        ("4", "7_0", "seed=0"), ("5", "7_1", "seed=1"),
+    assert [(row["job"], row["slurm_id"], row["overrides"], row["folder"]) for row in rows] == [
+        ("4", "7_0", "seed=0", "0-1a"), ("5", "7_1", "seed=1", "5"),
     ]  # fmt: skip
 
 
@@ -136,6 +136,17 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         launcher_of(tmp_path).launch([["seed=0"]], 0)
 
 
+def test_srun_ends_a_job_of_several_processes_with_the_first_that_is_killed(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_submitit, "RESULT_WITHIN_S", 0)
+    launcher_of(commands / "sweep", "hydra/launcher=slurm_ddp").launch([["seed=0"]], 0)
+    asked = (commands / "submitted").read_text()
+    assert "#SBATCH --ntasks-per-node=2\n" in asked
+    (srun,) = [line for line in asked.splitlines() if line.startswith("srun ")]
+    assert "--kill-on-bad-exit=1" in srun.split(" -m submitit")[0].split()
+
+
 @pytest.mark.parametrize(("launcher", "tasks"), [("basic", 1), ("joblib", 1), ("slurm_local", 1), ("slurm_ddp", 2)])
 def test_several_processes_a_job_only_where_each_is_started_as_itself(
     launcher: str, tasks: int, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +161,46 @@ def test_several_processes_a_job_only_where_each_is_started_as_itself(
         return
     message = rf"trainer\.devices: expected 1 .*launcher={launcher}, got 2.*Add hydra/launcher=processes"
     with pytest.raises(ValueError, match=message):
+        refuse_parallel_multirun(cfg)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "count"),
+    [
+        ("devices: 1", 4, 1),
+        ("devices: [1]", 4, 1),
+        ("devices: [0, 2]", 4, 2),
+        ("devices: '0,2'", 4, 2),
+        ("{devices: auto, accelerator: gpu}", 4, 4),
+        ("{devices: auto, accelerator: auto}", 0, 1),
+        ("{devices: -1, accelerator: cuda}", 3, 3),
+        ("{devices: auto, accelerator: cpu}", 4, 1),
+        ("{devices: 1, num_nodes: 2}", 0, 2),
+    ],
+)
+def test_processes_are_counted_as_lightning_makes_them(
+    settings: str, gpus: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    trainer = OmegaConf.create(settings)
+    assert isinstance(trainer, DictConfig)
+    assert process_count(trainer) == count
+
+
+def test_devices_of_no_kind_are_named() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.devices: expected a number, a list of GPUs, auto or -1, got 'two'"):
+        process_count(OmegaConf.create({"devices": "two"}))
+
+
+def test_one_chosen_gpu_is_taken_in_a_multirun(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = with_hydra("trainer=gpu", "trainer.devices=[1]")
+    with open_dict(cfg):
+        cfg.hydra.mode = "MULTIRUN"
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.masked_copy(cfg, ["hydra"]))
+    refuse_parallel_multirun(cfg)
+    cfg.trainer.devices = "auto"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"got auto, which is 2 processes a job"):
         refuse_parallel_multirun(cfg)
 
 
