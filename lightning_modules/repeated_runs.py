@@ -76,6 +76,8 @@ def repeat(
     count = process_count(cfg.trainer)
     if count > 1 and script is None:
         raise ValueError(f"record: expected that of one process, got one of {count}; use `calibrant verify` for {path}")
+    for own in ("hydra", "defaults"):  # of Hydra itself, in no saved configuration; a command would obey them
+        cfg.pop(own, None)
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     found = re.search(r", (\d+) threads$", str(record.get("machine")))
@@ -98,15 +100,9 @@ def _run_command(script: Path, folder: Path, threads: int) -> None:
     environment = dict(os.environ)
     if threads != torch.get_num_threads():  # else Lightning deals them out among its processes, as it did before
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [
-        sys.executable,
-        str(script),
-        "--config-path",
-        str(folder.absolute() / ".hydra"),
-        "--config-name",
-        "config",
-    ]
-    code = subprocess.run([*command, "hydra.run.dir=${paths.output}"], env=environment).returncode
+    given = ["--config-path", str(folder.absolute() / ".hydra"), "--config-name", "config"]
+    command = [sys.executable, str(script), *given, "hydra.run.dir=${paths.output}"]
+    code = subprocess.run(command, env=environment).returncode
     if code:
         raise ValueError(f"record: expected the repeated run to finish, got exit code {code}; see {folder}")
 

@@ -71,6 +71,7 @@ def test_several_processes_are_started_as_a_command_or_refused_before_anything_s
 ) -> None:
     config = json.loads((folder / "record.json").read_text())["config"]
     config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    config["hydra"] = {"job_logging": {"handlers": {"own": {"class": "theirs"}}}}
     path, again = altered(folder, tmp_path, config=config), tmp_path / "again"
     with pytest.raises(ValueError, match="expected that of one process, got one of 2"):
         repeat(path, again, run_job)
@@ -81,6 +82,7 @@ def test_several_processes_are_started_as_a_command_or_refused_before_anything_s
     )
     with pytest.raises(ValueError, match="expected the repeated run to finish, got exit code 3"):
         repeat(path, again, run_job, script)
+    assert "theirs" not in (again / ".hydra" / "config.yaml").read_text()
     words = (again / ".hydra" / "seen").read_text().split()
     assert words[1:5] == ["--config-path", str(again / ".hydra"), "--config-name", "config"]
 
