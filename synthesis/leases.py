@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -18,7 +22,7 @@ class Lease:
     """The right to do a piece of work, in a lock file that its owner touches again and again.
 
     The lock of a process that has died on this host is taken over at once; that of another host, of which only the file
-    can be seen, when it has not been touched for `silence` seconds. An owner that was only suspended goes on all the
+    can be seen, when it has not been touched for `silence` seconds, before or after the first look at it. An owner that was only suspended goes on all the
     same: a lease saves double work, and must not be what keeps a result right.
 
     Args:
@@ -28,6 +32,8 @@ class Lease:
 
     def __init__(self, path: Path, silence: float) -> None:
         self.path = path
+        self.silence = silence
+        self._next_look = 0.0
         self._lock = SoftFileLease(path, lease_duration=silence)
 
     def acquire(self, timeout: float = 0) -> bool:
@@ -37,6 +43,7 @@ class Lease:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_silent()
             self._lock.acquire(timeout=timeout, poll_interval=POLL)
         except Timeout:
             return False
@@ -66,9 +73,13 @@ class Lease:
 
     def announce(self) -> None:
         """Log that this job waits, and for whom."""
+        log.info("waiting for %s: %s does this work", self.path, self.holder)
+
+    @property
+    def holder(self) -> str:
+        """Who has it, in words."""
         owner = self._lock.owner
-        name = "another job" if owner is None else f"process {owner.pid} on {owner.hostname}"
-        log.info("waiting for %s: %s does this work", self.path, name)
+        return "another job" if owner is None else f"process {owner.pid} on {owner.hostname}"
 
     def kept_too_long(self, patience: float) -> TimeoutError:
         """What to raise when the lease was not to be had in time."""
@@ -76,3 +87,42 @@ class Lease:
             f"{self.path}: expected the job that holds this lock to finish within {patience:g} s, it did not; "
             "if no job does this work, delete the lock file"
         )
+
+    def _remove_silent(self) -> None:
+        """Remove the lock of another host whose silence began before this process first saw it."""
+        now = time.monotonic()
+        if now < self._next_look or not self.path.exists():
+            return
+        self._next_look = now + self.silence / 20
+        owner = self._lock.owner
+        if owner is not None and owner.hostname == socket.gethostname():
+            return  # of a process that can be looked at
+        with suppress(FileNotFoundError):
+            seen = self.path.stat()
+            if self._file_time() - seen.st_mtime > self.silence:
+                log.warning("%s: taken over from %s, silent for more than %g s", self.path, self.holder, self.silence)
+                self._remove(seen)
+
+    def _file_time(self) -> float:
+        """Now, by the clock that stamps the files here, which on a network file system is not this host's."""
+        beside = self._beside()
+        try:
+            beside.touch()
+            return beside.stat().st_mtime
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _remove(self, seen: os.stat_result) -> None:
+        """Remove the lock file, unless it is no longer the one that was seen."""
+        aside = self._beside()
+        self.path.rename(aside)
+        try:
+            found = aside.stat()
+            if (found.st_ino, found.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+                with suppress(OSError):
+                    self.path.hardlink_to(aside)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _beside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
