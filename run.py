@@ -27,6 +27,7 @@ from lightning_modules.fine_tuning import add_generated, distill, distills
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, open_job
 from lightning_modules.processes import leave_process_group
+from lightning_modules.refusals import AlreadyFinishedError
 from lightning_modules.saved_runs import plain
 from lightning_modules.scoring import evaluate, expect_float_accuracy, flag_float_accuracy, float_reference, sizes
 from lightning_modules.shared_reconstruction import learn_in_shares, recipe_of
@@ -244,6 +245,9 @@ def main(cfg: DictConfig) -> float | list[float]:
     """Command line: run the job and return the metric, or the list of metrics, that a sweeper optimises."""
     try:
         metrics = run_job(cfg)
+    except AlreadyFinishedError as found:
+        report.console.print(str(found), highlight=False)
+        metrics = found.metrics
     except InstantiationException as error:  # what Hydra was asked to build refused its arguments: say that, not this
         raise (error.__cause__ or error) from None
     if not metrics:

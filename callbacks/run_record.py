@@ -103,6 +103,11 @@ def config_hash(named_by: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in named_by.items() if key not in UNHASHED})
 
 
+def same_export(record: Mapping[str, Any], export: Mapping[str, Any] | None) -> bool:
+    """Whether the run of a record wrote for other runtimes what this setting asks for; the hash leaves that out."""
+    return digest(record.get("config", {}).get("export") or {}) == digest(export or {})
+
+
 def digest(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

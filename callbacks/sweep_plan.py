@@ -7,17 +7,22 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from callbacks.run_record import same_export
 from synthesis.leases import Lease
 
 PLAN = "jobs.json"
 FAILURE = "failed.json"  # of a job that failed, beside its record where it left one
 SUPERSEDED = "superseded"  # folder of what other configurations left under the same name
 SILENCE = 600.0  # seconds without a sign of life after which a sweep on another host counts as dead
+UNNAMED = "default"  # `name` of a configuration that was given none
 READABLE = 60  # characters of a folder's name before its hash
 
 
@@ -25,7 +30,8 @@ READABLE = 60  # characters of a folder's name before its hash
 class PlannedJob:
     """One job: `folder` below the sweep's, `overrides` that make it, `config_hash` as its record will have it.
 
-    `status`: waiting, done (an earlier run of the sweep finished it), ended, or failed with its `error`.
+    `status`: waiting, done (an earlier run of the sweep finished it), ended, or failed with its `error`. `export`: what
+    it writes for other runtimes, which the hash leaves out.
     """
 
     folder: str
@@ -33,6 +39,11 @@ class PlannedJob:
     config_hash: str
     status: str = "waiting"
     error: str | None = None
+    export: dict[str, Any] = field(default_factory=dict)
+
+    def is_done(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record of its configuration is all that it asks for."""
+        return record["status"] == "finished" and same_export(record, self.export)
 
 
 @dataclass
@@ -58,6 +69,11 @@ class SweepPlan:
     def same_line(self, line: Sequence[str]) -> bool:
         """Whether these overrides are one of its lines, in any order."""
         return any(sorted(own) == sorted(line) for own in self.lines)
+
+    def same_study(self, line: Sequence[str]) -> bool:
+        """Whether these overrides sweep over the same keys as one of its lines, and all else is equal."""
+        asked = swept_and_fixed(line)
+        return asked is not None and any(swept_and_fixed(own) == asked for own in self.lines)
 
 
 def read_plan(folder: Path) -> SweepPlan | None:
@@ -90,6 +106,19 @@ def own(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if not o.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/"))]
 
 
+def swept_and_fixed(line: Sequence[str]) -> tuple[set[str], set[str]] | None:
+    """The keys over which overrides sweep, and the overrides that all jobs share; None if they cannot be read."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(line))
+    except HydraException:
+        return None
+    params = "hydra.sweeper.params"
+    swept = {o.get_key_element().lstrip("+") for o in parsed if o.is_sweep_override() or params in o.get_key_element()}
+    swept = {key.removeprefix(f"{params}.") for key in swept}
+    fixed = {str(o.input_line) for o in parsed if not o.is_sweep_override() and params not in o.get_key_element()}
+    return swept, fixed
+
+
 def folder_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
     """A name for a job's folder that its overrides decide, in whatever order: swept values to read, and a hash."""
     ordered = sorted(own(overrides))
@@ -100,10 +129,17 @@ def folder_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def last_sweep(folder: Path, name: str, line: Sequence[str]) -> Path | None:
-    """The last sweep below `folder` that the same overrides started, else the last of this name."""
+    """The last sweep below `folder` that the same overrides started, else the last of this name.
+
+    Where no name was given, else the last one over the same keys with other values, all other overrides being equal.
+    """
     found = [(path.parent, plan) for path in folder.glob(f"*/{PLAN}") if (plan := read_plan(path.parent))]
     found.sort(key=lambda pair: ((pair[0] / PLAN).stat().st_mtime, pair[0].name))
-    for fits in (lambda plan: plan.same_line(line), lambda plan: plan.name == name):
+    named = name != UNNAMED
+    for fits in (
+        lambda plan: plan.same_line(line),
+        lambda plan: plan.name == name and (named or plan.same_study(line)),
+    ):
         fitting = [path for path, plan in found if fits(plan)]
         if fitting:
             return fitting[-1]
@@ -126,6 +162,8 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 def recognise(jobs: Sequence[PlannedJob], records: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
     """The folder in which an earlier run of the sweep did, or began, a job; by the job's number.
 
+    One that is all the job asks for goes before a finished one without its export, and that before others.
+
     A record is a job's if its configuration has the same hash. What the hash leaves out, such as the export, may be
     what the sweep is about: several jobs of one hash must have their own overrides in the record too.
     """
@@ -135,10 +173,26 @@ def recognise(jobs: Sequence[PlannedJob], records: Mapping[str, Mapping[str, Any
         same = [name for name, record in records.items() if record.get("config_hash") == job.config_hash]
         alike = [name for name in same if sorted(own(records[name].get("overrides", []))) == sorted(job.overrides)]
         fitting = alike or (same if shared[job.config_hash] == 1 else [])
+        done = [name for name in fitting if job.is_done(records[name])]
         finished = [name for name in fitting if records[name]["status"] == "finished"]
         if fitting:
-            found[number] = (finished or fitting)[0]
+            found[number] = (done or finished or fitting)[0]
     return found
+
+
+def free_folder(job: PlannedJob, taken: Set[str], earlier: SweepPlan | None) -> str:
+    """A folder for a job that begins: its own, or a numbered one where another job of the sweep has that.
+
+    Such names as numbers do not tell which job is meant: in a line of another order, or one that lets the sweep grow,
+    they are those of other jobs.
+    """
+    others = earlier.jobs if earlier is not None else []
+    occupied = taken | {other.folder for other in others if sorted(other.overrides) != sorted(job.overrides)}
+    name, number = job.folder, 1
+    while name in occupied:
+        number += 1
+        name = f"{job.folder}_{number}"
+    return name
 
 
 def set_aside(folder: Path, name: str) -> None:
@@ -152,5 +206,5 @@ def set_aside(folder: Path, name: str) -> None:
     while place.exists():
         number += 1
         place = folder / SUPERSEDED / f"{name}_{number}"
-    place.parent.mkdir(exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     (folder / name).rename(place)

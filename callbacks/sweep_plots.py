@@ -12,6 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from callbacks.report import replacing
 from callbacks.sweep_results import Setting
 
 WIDTH = 5.2  # inches; drawn so small that a telephone need hardly shrink it
@@ -137,7 +138,6 @@ def as_svg(figure: Figure) -> bytes:
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Write the figure, by a temporary name and a rename."""
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=144, facecolor="white")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=144, facecolor="white")
     return path

@@ -21,8 +21,12 @@ from callbacks.sweep_plan import FAILURE
 from callbacks.sweep_plots import heat_map, pareto, save_png
 from callbacks.sweep_results import Sweep, read_sweep, spread
 from callbacks.sweep_runs import Run
+from synthesis.leases import Lease
 
 MEANING = "top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network"
+FILES = ("sweep.csv", "sweep.md", "pareto.png", "heat_map.png", "report.html")
+SILENCE = 60.0  # seconds after which a process on another host that makes the report is taken for dead
+PATIENCE_S = 300.0
 IDENTITY = ("network", "protocol", "w_bits", "a_bits", "seed", "config_hash")  # of a row without a result
 
 
@@ -60,26 +64,32 @@ def keep_failure(folder: Path, error: BaseException) -> Path:
 def make_report(folder: Path) -> Sweep:
     """Write `sweep.csv`, `sweep.md`, `pareto.png`, `heat_map.png` and `report.html`, and print the table.
 
+    One process at a time reads and writes, lest the files of the one that read first stand at the end.
+
     Raises:
         ValueError: if the folder holds no sweep.
     """
-    sweep = read_sweep(folder)
-    if sweep.runs:
-        report.write_csv(folder / "sweep.csv", rows(sweep.runs))
-    for name, draw in (("pareto", pareto), ("heat_map", heat_map)):
-        if (figure := draw(sweep.settings)) is not None:
-            save_png(figure, folder / f"{name}.png")
-    _write(folder / "sweep.md", markdown(sweep))
-    _write(folder / "report.html", page(sweep, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")))
+    if not folder.is_dir():
+        raise ValueError(f"folder: expected that of a sweep, got {folder}, which is none")
+    with Lease(folder / ".report.lock", SILENCE).held(PATIENCE_S):
+        sweep = read_sweep(folder)
+        for name in FILES:
+            report.remove_unfinished(folder / name)
+        if sweep.runs:
+            _write(folder / "sweep.csv", report.as_csv(rows(sweep.runs)))
+        for name, draw in (("pareto", pareto), ("heat_map", heat_map)):
+            if (figure := draw(sweep.settings)) is not None:
+                save_png(figure, folder / f"{name}.png")
+        _write(folder / "sweep.md", markdown(sweep))
+        _write(folder / "report.html", page(sweep, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")))
     report.console.print(sweep_table(sweep))
     report.console.print(f"report.html, sweep.csv, sweep.md in {folder}", highlight=False)
     return sweep
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with report.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks import report
+from callbacks.run_lease import only_run_in
 from callbacks.run_record import RunRecord
 from callbacks.wandb_run import WandbRun
 from datamodules.calibration import CalibrationSource
 from datamodules.ledger import DataLedger
 from lightning_modules.allocation import Allocation, Uniform
 from lightning_modules.corrections import Corrections
-from lightning_modules.interruption import Interrupted, Interruption, StopAtStep, go_on_after_restart
+from lightning_modules.interruption import Interrupted, Interruption, StopAtStep, go_on_after_restart, restarted
 from lightning_modules.processes import end_with_parent, limit_threads, process_count, refuse_parallel_multirun
+from lightning_modules.refusals import expect_unfinished, refuse_idle_resume
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
@@ -161,15 +163,28 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
     A signal to stop (`Interruption`) leaves the status "interrupted"; a job that was requeued goes on in its folder.
 
     Raises:
-        ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again.
+        ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again; if
+            another process is at work in the folder; or if `sweep.resume` is asked for where nothing heeds it.
+        AlreadyFinishedError: if a job of a scheduler comes too late.
     """
+    refuse_idle_resume(cfg)
     refuse_parallel_multirun(cfg)
     end_with_parent(process_count(cfg.trainer))
     cfg, folder = saved_configuration(cfg)
-    go_on_after_restart(cfg, folder)
-    limit_threads(cfg)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    job = Job(cfg, folder)
+    with ExitStack() as held:
+        if rank_zero_only.rank == 0:
+            held.enter_context(only_run_in(folder, requeued=restarted()))
+        expect_unfinished(cfg, folder)
+        go_on_after_restart(cfg, folder)
+        limit_threads(cfg)
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        with kept_up(Job(cfg, folder), let_go=held.close) as job:
+            yield job
+
+
+@contextmanager
+def kept_up(job: Job, let_go: Callable[[], None]) -> Iterator[Job]:
+    """Start loggers; at the end finish them and the record, then `let_go` of the folder: a requeue comes after that."""
     with job.interruption:
         status = "failed"
         try:
@@ -186,6 +201,7 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
                 job.record.add(status=status, data_free=job.ledger.data_free, real_data=job.ledger.entries)
             finally:
                 close(job, status)
+                let_go()
 
 
 def close(job: Job, status: str) -> None:

@@ -22,8 +22,8 @@ class Lease:
     """The right to do a piece of work, in a lock file that its owner touches again and again.
 
     The lock of a process that has died on this host is taken over at once; that of another host, of which only the file
-    can be seen, when it has not been touched for `silence` seconds, before or after the first look at it. An owner that was only suspended goes on all the
-    same: a lease saves double work, and must not be what keeps a result right.
+    can be seen, when it has not been touched for `silence` seconds, before or after the first look at it. An owner that
+    was only suspended goes on all the same: a lease saves double work, and must not be what keeps a result right.
 
     Args:
         path: of the lock file.

@@ -24,11 +24,11 @@ from submitit.core.utils import UncompletedJobError
 from submitit.slurm.slurm import SlurmJob
 
 from hydra_plugins.calibrant_launchers._environment import importable
+from hydra_plugins.calibrant_launchers._queue import TABLE
 
 log = logging.getLogger(__name__)
 
 RESTARTED = "CALIBRANT_RESTARTED"  # read by lightning_modules/interruption.py
-TABLE = "jobs.csv"  # in the folder of the logs: which job is which
 RESULT_WITHIN_S = 5  # of a job's end its file has to appear on this node; each dead job in turn costs as much
 COLUMNS = ("job", "slurm_id", "overrides", "log", "folder")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.report import replacing
 from hydra_plugins.calibrant_optuna._search import CHEAP, ERROR
 from hydra_plugins.calibrant_optuna._study import discarded
 from synthesis.leases import Lease
@@ -101,6 +101,5 @@ class Results:
         Console().print(table)
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        temporary.write_text(text, newline="")
-        temporary.replace(self.folder / name)
+        with replacing(self.folder / name) as temporary:
+            temporary.write_text(text, newline="")

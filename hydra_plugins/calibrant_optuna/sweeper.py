@@ -64,6 +64,17 @@ class OptunaSweeper(Sweeper):
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook.
+
+        Raises:
+            ValueError: for `sweep.resume`, which is of another sweeper.
+        """
+        if OmegaConf.select(config, "sweep.resume"):
+            raise ValueError(
+                "sweep.resume: expected a sweep of all combinations, got hydra/sweeper=optuna, which goes on with a "
+                "search by itself; leave sweep.resume out and name what to go on with: hydra.sweep.dir=<its folder>, "
+                "or the same hydra.sweeper.storage"
+            )
         self.hydra_context = hydra_context
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(

@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
-    from callbacks.sweep_plan import SweepPlan
+    from callbacks.sweep_plan import PlannedJob, SweepPlan
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class KeepGoingSweeper(BasicSweeper):
         """
         from callbacks.sweep_plan import own
 
+        self.jobs: list[PlannedJob] = []  # of this line
         said: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)  # some name what only a job knows
         written = said["hydra"]
         params = [o for o in written if o.lstrip("+").startswith("hydra.sweeper.params")]
@@ -64,9 +65,9 @@ class KeepGoingSweeper(BasicSweeper):
         found = last_sweep(parent, name, self.line)
         if found is None:
             raise ValueError(
-                f"sweep.resume: expected an earlier sweep of these overrides, or named {name!r}, in "
-                f"{parent.absolute()}, found none; name its folder with hydra.sweep.dir=..., or leave "
-                "sweep.resume out to start one"
+                f"sweep.resume: expected an earlier sweep of these overrides, or of this name where one is set, or "
+                f"over the same keys, in {parent.absolute()}, got {name!r}, which has none; name its folder with "
+                "hydra.sweep.dir=..., or leave sweep.resume out to start one"
             )
         log.info("going on with the sweep in %s", found)
         return found
@@ -75,7 +76,7 @@ class KeepGoingSweeper(BasicSweeper):
         """Run all jobs that are not finished; Hydra's hook.
 
         Raises:
-            ValueError: if the sweep of this folder is still running.
+            ValueError: if the sweep of this folder is still running, or any of its jobs.
             SystemExit: with code 1 if jobs failed, after all have run and the report is made.
         """
         from callbacks.sweep_plan import lease
@@ -84,7 +85,10 @@ class KeepGoingSweeper(BasicSweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         right = lease(self.folder)
         if not right.acquire(timeout=2.0):
-            raise ValueError(f"hydra.sweep.dir: the sweep in {self.folder} is still running; wait for it, or stop it")
+            raise ValueError(
+                f"hydra.sweep.dir: the sweep in {self.folder} is still running: {right.holder}; wait for it, or stop "
+                "it. If it went down with its host, this works ten minutes after"
+            )
         try:
             OmegaConf.save(self.config, self.folder / "multirun.yaml")
             returns = self._run(arguments)
@@ -95,11 +99,11 @@ class KeepGoingSweeper(BasicSweeper):
             raise
         right.release()
         assert self.plan is not None
-        failed = [job for job in self.plan.jobs if job.status == "failed"]
+        failed = [job for job in self.jobs if job.status == "failed"]
         if failed:
             for job in failed:
                 log.error("failed: %s: %s", job.folder, (job.error or "").partition("\n")[0])
-            log.error("%d of %d jobs failed; sweep.resume=true runs them again", len(failed), len(self.plan.jobs))
+            log.error("%d of %d jobs failed; sweep.resume=true runs them again", len(failed), len(self.jobs))
             self._end()
             raise SystemExit(1)
         return returns
@@ -114,13 +118,17 @@ class KeepGoingSweeper(BasicSweeper):
     def _run(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Plan, leave out what is done, launch in batches, and write down after each what became of its jobs."""
         from callbacks.sweep_plan import FAILURE, SweepPlan, read_plan, set_aside
+        from hydra_plugins.calibrant_sweeper._folders import apart, expect_nobody
 
         assert self.config is not None
-        earlier = read_plan(self.folder)
+        earlier = read_plan(self.folder) if self.resumes else None
         prepared = self._prepare(arguments)
+        expect_nobody(self.folder, self.config)
         todo = self._leave_out(prepared) if self.resumes else prepared
+        todo = apart(prepared, todo, earlier, self._placed)
+        self.jobs = [job for job, _ in prepared]
         planned, lines = {job.folder: job for job, _ in prepared}, [self.line]
-        if self.resumes and earlier is not None:
+        if earlier is not None:
             planned = {job.folder: job for job in earlier.jobs} | planned
             lines = earlier.lines if earlier.same_line(self.line) else [*earlier.lines, self.line]
         plan = self.plan = SweepPlan(str(self.config.get("name")), lines, list(planned.values()))
@@ -155,9 +163,11 @@ class KeepGoingSweeper(BasicSweeper):
                 config.hydra.job.num = len(prepared)
                 name = folder_name(overrides, swept) if self.names_folders else str(config.hydra.sweep.subdir)
                 config.pop("hydra")
+            export: Any = OmegaConf.to_container(config.get("export") or OmegaConf.create(), resolve=True)
             named_by = OmegaConf.to_container(config, resolve=False)
             assert isinstance(named_by, dict)
-            job = PlannedJob(name, own(overrides), config_hash({str(k): v for k, v in named_by.items()}))
+            hashed = config_hash({str(k): v for k, v in named_by.items()})
+            job = PlannedJob(name, own(overrides), hashed, export=export)
             key = " ".join(sorted(job.overrides))
             if key in prepared:
                 log.warning("asked for twice, runs once: %s", " ".join(job.overrides))
@@ -179,7 +189,7 @@ class KeepGoingSweeper(BasicSweeper):
                 todo.append((job, overrides))
                 continue
             job.folder = known[number]
-            if records[job.folder]["status"] == "finished":
+            if job.is_done(records[job.folder]):
                 job.status = "done"
             else:
                 begun = quoted(str(self.folder / job.folder))
