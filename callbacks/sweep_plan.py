@@ -181,13 +181,16 @@ def recognise(jobs: Sequence[PlannedJob], records: Mapping[str, Mapping[str, Any
 
 
 def free_folder(job: PlannedJob, taken: Set[str], earlier: SweepPlan | None) -> str:
-    """A folder for a job that begins: its own, or a numbered one where another job of the sweep has that.
+    """A folder for a job that begins: what it had in the sweep before, its own, or numbered where another job has that.
 
     Such names as numbers do not tell which job is meant: in a line of another order, or one that lets the sweep grow,
     they are those of other jobs.
     """
-    others = earlier.jobs if earlier is not None else []
-    occupied = taken | {other.folder for other in others if sorted(other.overrides) != sorted(job.overrides)}
+    planned = earlier.jobs if earlier is not None else []
+    before = {old.folder for old in planned if sorted(old.overrides) == sorted(job.overrides)}
+    if len(before) == 1 and not before & taken:
+        return before.pop()
+    occupied = taken | ({old.folder for old in planned} - before)
     name, number = job.folder, 1
     while name in occupied:
         number += 1

@@ -56,7 +56,7 @@ def apart(
     for job, overrides in todo:
         name = free_folder(job, taken, earlier) if id(job) in begins else job.folder
         if name != job.folder:
-            log.warning("%s is the folder of another job; %s is taken for %s", job.folder, name, job.overrides)
+            log.info("%s is the folder of %s", name, " ".join(job.overrides))
             job.folder, overrides = name, placed(overrides, name)
         taken.add(name)
         found.append((job, overrides))

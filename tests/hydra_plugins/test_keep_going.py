@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.sweep_plan import lease, read_plan
+from callbacks.run_lease import run_lease
+from callbacks.sweep_plan import PlannedJob, lease, read_plan
 from hydra_plugins.calibrant_sweeper import keep_going
 from tests.callbacks.sweeps import record, write
 from tests.configuration import CONF
@@ -221,6 +225,16 @@ def test_there_must_be_a_sweep_to_go_on_with(prepared: Callable[..., Any]) -> No
     assert sweeper.folder == Path("new").absolute()
 
 
+def test_an_unrelated_sweep_does_not_grow(prepared: Callable[..., Any]) -> None:
+    sweeper, _, _ = prepared("bits=w4a4,w2a4", "generator=zeroq", "hydra.sweep.dir=multirun/first")
+    sweeper.sweep(task(sweeper))
+    for other in (["seed=0,1"], ["bits=w4a4,w2a4", "generator=dsg"], ["bits=w4a4,w2a4"]):
+        with pytest.raises(ValueError, match=r"sweep\.resume: expected an earlier sweep of these overrides"):
+            prepared(*other, "sweep.resume=true")
+    for more in (["generator=zeroq", "bits=w4a4,w3a3,w2a4"], ["bits=w2a4,w4a4", "generator=zeroq"]):
+        assert prepared(*more, "sweep.resume=true")[0].folder.name == "first"
+
+
 def test_the_last_sweep_of_the_line_is_found(prepared: Callable[..., Any]) -> None:
     folders = []
     for line in (["seed=0,1", "bits=w4a4"], ["seed=2,3"]):
@@ -234,9 +248,125 @@ def test_the_last_sweep_of_the_line_is_found(prepared: Callable[..., Any]) -> No
 
 def test_a_running_sweep_is_not_run_twice(prepared: Callable[..., Any]) -> None:
     sweeper, launcher, _ = prepared(*SHORT)
-    with lease(Path("sweep").absolute()).held(0), pytest.raises(ValueError, match="still running"):
+    who = f"still running: process {os.getpid()} on {socket.gethostname()}"
+    with lease(Path("sweep").absolute()).held(0), pytest.raises(ValueError, match=who):
         sweeper.sweep(task(sweeper))
     assert launcher.launched == []
+
+
+def begun(prepared: Callable[..., Any], *line: str, **facts: Any) -> list[PlannedJob]:
+    """A sweep that has run, each of its jobs with a record."""
+    sweeper, _, _ = prepared(*line)
+    sweeper.sweep(task(sweeper))
+    plan = read_plan(Path("sweep"))
+    assert plan is not None
+    for job in plan.jobs:
+        written = record(config_hash=job.config_hash, overrides=job.overrides, **facts)
+        write(Path("sweep"), job.folder, written)
+    return plan.jobs
+
+
+def resumed(prepared: Callable[..., Any], *line: str) -> list[list[str]]:
+    """What a sweep launches that goes on."""
+    sweeper, launcher, _ = prepared(*line, "sweep.resume=true")
+    sweeper.sweep(task(sweeper))
+    return [job for _, jobs in launcher.launched for job in jobs]
+
+
+def folder_of(job: Sequence[str]) -> str:
+    return next(o.partition("=")[2].strip("'") for o in job if o.startswith("hydra.sweep.subdir="))
+
+
+@pytest.mark.parametrize("resume", [(), ("sweep.resume=true",)])
+def test_a_sweep_whose_job_still_runs_is_not_gone_on_with(
+    prepared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, resume: Sequence[str]
+) -> None:
+    jobs = begun(prepared, *SHORT, status="running")
+    monkeypatch.setattr("hydra_plugins.calibrant_sweeper._folders.STOPPING_S", 0.3)
+    sweeper, launcher, counted = prepared(*SHORT, *resume)
+    who = f"process {os.getpid()} on {socket.gethostname()} in {jobs[1].folder}; wait for them, or stop them"
+    with run_lease(Path("sweep") / jobs[1].folder).held(0), pytest.raises(ValueError, match=who):
+        sweeper.sweep(task(sweeper))
+    assert (launcher.launched, counted.count) == ([], 0)
+    assert (Path("sweep") / jobs[1].folder / "record.json").exists()
+    assert not list(Path("sweep").glob("**/*.lock"))
+
+
+def test_a_sweep_of_which_slurm_has_jobs_is_not_gone_on_with(
+    prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(prepared, *SHORT, status="running")
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho 7_1\necho 8\necho 9_3\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    table = Path("sweep/.submitit/jobs.csv")
+    table.parent.mkdir()
+    table.write_text("job,slurm_id,overrides,log\n0,7_0,seed=0,a\n1,7_1,seed=1,b\n2,8,seed=2,c\n")
+    with pytest.raises(
+        ValueError, match=r"2 of an earlier go run or wait; wait for them, or end them with: scancel 7_1 8$"
+    ):
+        resumed(prepared, *SHORT)
+    squeue.write_text("#!/bin/sh\necho 9_3\n")
+    assert len(resumed(prepared, *SHORT)) == 2
+    squeue.write_text("#!/bin/sh\nexit 1\n")  # Slurm does not answer
+    assert len(resumed(prepared, *SHORT)) == 2
+
+
+def test_what_a_finished_run_lacks_is_its_export(prepared: Callable[..., Any]) -> None:
+    jobs = begun(prepared, *SHORT)
+    assert resumed(prepared, *SHORT) == []
+    again = resumed(prepared, *SHORT, "export=onnx")
+    places = [Path("sweep").absolute() / job.folder for job in jobs]
+    assert [[o for o in job if o.startswith("resume=")] for job in again] == [[f"resume='{place}'"] for place in places]
+    for place in places:
+        facts = json.loads((place / "record.json").read_text())
+        facts["config"]["export"] = read_plan(Path("sweep")).jobs[-1].export  # pyright: ignore
+        assert facts["config"]["export"]["container"] == "auto"
+        (place / "record.json").write_text(json.dumps(facts))
+    assert resumed(prepared, *SHORT, "export=onnx") == []
+    assert len(resumed(prepared, *SHORT, "export=onnx", "export.container=int4")) == 2
+
+
+NUMBERED = ("hydra.sweep.dir=sweep", "hydra.sweep.subdir=job/${hydra.job.num}")
+
+
+def test_in_another_order_numbers_are_the_folders_of_other_jobs(prepared: Callable[..., Any]) -> None:
+    begun(prepared, "seed=0,1", *NUMBERED)
+    (job,) = resumed(prepared, "seed=5,0,1", *NUMBERED)
+    assert job[0] == "seed=5"
+    assert folder_of(job) == "job/0_2"
+    assert len(list(Path("sweep").glob("job/*/record.json"))) == 2
+    assert not (Path("sweep") / "superseded").exists()
+    assert {j.folder: j.overrides[0] for j in read_plan(Path("sweep")).jobs} == {  # pyright: ignore
+        "job/0": "seed=0", "job/1": "seed=1", "job/0_2": "seed=5",
+    }  # fmt: skip
+
+
+def test_a_sweep_that_grows_by_another_line_keeps_its_numbered_jobs(prepared: Callable[..., Any]) -> None:
+    begun(prepared, "seed=0,1", *NUMBERED)
+    assert [folder_of(job) for job in resumed(prepared, "seed=2,3", *NUMBERED)] == ["job/0_2", "job/1_2"]
+    assert len(list(Path("sweep").glob("job/*/record.json"))) == 2
+
+
+def test_a_changed_configuration_in_a_nested_folder_moves_what_was_there(prepared: Callable[..., Any]) -> None:
+    for job in begun(prepared, "seed=0,1", *NUMBERED):
+        path = Path("sweep") / job.folder / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "altered"}))
+    assert [folder_of(job) for job in resumed(prepared, "seed=0,1", *NUMBERED)] == ["job/0", "job/1"]
+    assert len(list(Path("sweep").glob("superseded/job/*/record_superseded.json"))) == 2
+
+
+def test_failures_of_jobs_that_were_not_asked_for_do_not_fail_a_sweep(prepared: Callable[..., Any]) -> None:
+    def answer(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+        return [ended(job, "no" if "seed=1" in job else None) for job in jobs]
+
+    sweeper, _, _ = prepared("seed=0,1", "hydra.sweep.dir=sweep", answer=answer)
+    with pytest.raises(SystemExit):
+        sweeper.sweep(task(sweeper))
+    assert [job[0] for job in resumed(prepared, "seed=0", "hydra.sweep.dir=sweep")] == ["seed=0"]
+    assert [job.status for job in read_plan(Path("sweep")).jobs] == ["ended", "failed"]  # pyright: ignore
 
 
 @pytest.mark.parametrize("value", ["a b", "it's", "x=1,y=2", "{a}", "[b]", "back\\slash", "end\\"])
