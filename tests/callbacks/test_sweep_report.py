@@ -8,6 +8,8 @@ import io
 import itertools
 import re
 import statistics
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from base64 import b64decode
 from pathlib import Path
@@ -15,12 +17,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from callbacks.report import replacing
 from callbacks.sweep_page import page
 from callbacks.sweep_plan import PlannedJob, SweepPlan
 from callbacks.sweep_plots import as_svg, front, heat_map, pareto
 from callbacks.sweep_report import make_report, markdown, sweep_table
 from callbacks.sweep_results import read_sweep
 from tests.callbacks.sweeps import record, write
+from tests.configuration import ROOT
 
 TOPS = {
     ("dsg", 8): 90.0,
@@ -46,6 +50,41 @@ def test_all_files_are_left_and_nothing_else(folder: Path) -> None:
     make_report(folder)
     files = {path.name for path in folder.iterdir() if path.is_file()}
     assert files == {"sweep.csv", "sweep.md", "report.html", "pareto.png", "heat_map.png"}
+
+
+LOOP = """
+import sys
+from pathlib import Path
+from callbacks.sweep_report import make_report
+
+for _ in range(6):
+    make_report(Path(sys.argv[1]))
+"""
+
+
+def test_processes_that_make_it_at_one_time_do_not_meet(folder: Path) -> None:
+    (folder / ".sweep.csv.0.tmp").write_text("of one that was killed")
+    loops = [
+        subprocess.Popen([sys.executable, "-c", LOOP, str(folder)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=-1)
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1].decode() for process in loops]
+    assert [process.returncode for process in loops] == [0, 0], errors
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert files == {"sweep.csv", "sweep.md", "report.html", "pareto.png", "heat_map.png"}
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 14
+
+
+def test_files_written_at_one_time_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.csv"
+    with replacing(target) as first, replacing(target) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert target.read_text() == "first"  # the last to end
+    with pytest.raises(FileNotFoundError), replacing(target):
+        pass
+    assert target.read_text() == "first"
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_csv_has_a_row_a_run_also_for_failed_ones(folder: Path) -> None:

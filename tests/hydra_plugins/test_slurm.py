@@ -19,12 +19,13 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from submitit.slurm.slurm import SlurmExecutor
 
+from callbacks.run_lease import at_work
 from hydra_plugins.calibrant_launchers import _submitit
 from hydra_plugins.calibrant_launchers.slurm import SlurmLauncher
 from lightning_modules.processes import process_count, refuse_parallel_multirun
 from run import run_job
 from tests.cluster.pace import paced, where
-from tests.cluster.sweeps import QUICK, output_of, place, record, same_student, started, until
+from tests.cluster.sweeps import QUICK, call, output_of, place, record, same_student, started, until
 from tests.configuration import CONF, ROOT, composed, options
 
 
@@ -218,6 +219,27 @@ def test_sacct_is_answered_from_scontrol(tmp_path: Path) -> None:
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["JobID|State|NodeList", "7_0|FAILED|n1", "7_[1-4%2]|PENDING|"]
+
+
+def test_a_job_whose_sweep_was_killed_keeps_its_folder_to_itself(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    arguments = ("-m", *QUICK, "seed=3", "hydra/launcher=slurm_local", "hydra.sweep.dir=sweep", paced(60))
+    with started(tmp_path, *arguments) as process:
+        until(lambda: where(place(sweep, 0))[1] >= 1)
+        process.kill()
+        process.wait()
+    job = place(sweep, 0)
+    worker = where(job)[0]
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    try:
+        code, output = call(tmp_path, *arguments, "sweep.resume=true")
+        assert code == 1
+        assert f"there still are process {worker} on" in output
+        assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: not at_work([job], 0))
+    assert not (job / "run.lock").exists()
 
 
 def test_a_requeued_job_goes_on_to_the_result_of_an_undisturbed_one(tmp_path: Path) -> None:

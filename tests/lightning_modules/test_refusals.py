@@ -34,8 +34,8 @@ def test_a_folder_in_which_a_run_is_at_work_is_left_alone(tmp_path: Path) -> Non
 
 
 def test_a_run_that_fails_leaves_no_lock(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="calibration=none"):
-        run_job(composed([*SMALL, "calibration=none"], tmp_path))
+    with pytest.raises(ValueError, match="share_reconstruction: expected 1"):
+        run_job(composed([*SMALL, "share_reconstruction=2"], tmp_path))
     assert json.loads((tmp_path / "record.json").read_text())["status"] == "failed"
     assert not (tmp_path / LOCK).exists()
 
