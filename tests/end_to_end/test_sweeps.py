@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from safetensors import safe_open
 
 from synthesis.store import SampleStore
 from tests.configuration import ROOT, SMALL
@@ -22,6 +25,7 @@ from tests.configuration import ROOT, SMALL
 SWEPT = ("bits=w4a4,w2a4", "seed=0,1", "callbacks.checkpoint.every_seconds=0")
 VARYING = ("seconds", "peak_mib", "date", "images_from_store", "commit")  # of two equal sweeps
 FINISHED = 4
+MET = 6  # of twenty kills at random moments, those that meet a job in work at the least
 
 
 def command(*arguments: str) -> list[str]:
@@ -135,21 +139,61 @@ def test_only_what_is_not_finished_runs_and_what_fails_is_reported_with_exit_cod
     assert "closed_form" in (undisturbed / "report.html").read_text()
 
 
+def expect_whole(folder: Path) -> None:
+    """Every file that carries its final name can be read to its end."""
+    for path in folder.rglob("*"):
+        if not path.is_file() or path.name.startswith(".") or path.suffix == ".tmp":
+            continue
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                rows = list(csv.reader(file, strict=True))
+            assert len({len(row) for row in rows}) == 1, path
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                assert list(tensors.keys()), path
+        elif path.suffix == ".ckpt":
+            assert zipfile.ZipFile(path).testzip() is None, path
+        elif path.suffix == ".png":
+            Image.open(path).load()
+
+
+def work_left(undisturbed: Path, sweep: Path) -> tuple[float, float]:
+    """Seconds of a resumed run before its first job, and to its end, from what the undisturbed one has taken."""
+    took = {
+        name: sum(stage["seconds"] for stage in facts["stages"].values())
+        for name, facts in records(undisturbed).items()
+    }
+    start = float((undisturbed.parent.parent / "seconds").read_text()) - sum(took.values())
+    there = records(sweep)
+    done = [name for name in took if there.get(name, {}).get("status") == "finished"]
+    return start, start + sum(took.values()) - sum(took[name] for name in done)
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_is_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
-    sweep, rng = tmp_path / "sweep", random.Random(0)
-    whole = float((undisturbed.parent.parent / "seconds").read_text())
+    sweep, rng, met = tmp_path / "sweep", random.Random(0), 0
+    line = [*SWEPT, "-m", "sweep.resume=true", "hydra.sweep.dir=sweep"]
     for _ in range(20):
-        moment = time.monotonic() + rng.uniform(0.3, 1.0) * whole
-        line = [*SWEPT, "-m", "sweep.resume=true", "hydra.sweep.dir=sweep"]
-        if not kill(tmp_path, lambda moment=moment: time.monotonic() > moment, *line):
+        start, end = work_left(undisturbed, sweep)
+        begun, moment = time.time(), time.monotonic() + rng.uniform(0.3 * start, end)
+        if kill(tmp_path, lambda moment=moment: time.monotonic() > moment, *line):
+            met += any(
+                json.loads(path.read_text())["status"] == "running" and path.stat().st_mtime >= begun
+                for path in sweep.glob("*/record.json")
+            )
+        else:
             assert table(sweep) == table(undisturbed)[:FINISHED]
-            for record in list(sweep.glob("*/record.json"))[:2]:
+            for record in list(sweep.glob("*/record.json"))[:3]:
                 record.unlink()  # so that there is something left to kill
-    done = call(tmp_path, *SWEPT, "-m", "sweep.resume=true", "hydra.sweep.dir=sweep")
+        expect_whole(tmp_path)
+    assert met >= MET, f"{met} of 20 kills met a job in work"
+    done = call(tmp_path, *line)
     assert done.returncode == 0, done.stderr
     assert table(sweep) == table(undisturbed)[:FINISHED]
     expect_clean(tmp_path)
+    expect_whole(tmp_path)
 
 
 def test_jobs_that_start_at_the_same_moment_make_the_images_once(tmp_path: Path) -> None:
