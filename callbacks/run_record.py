@@ -103,9 +103,9 @@ def config_hash(named_by: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in named_by.items() if key not in UNHASHED})
 
 
-def same_export(record: Mapping[str, Any], export: Mapping[str, Any] | None) -> bool:
+def has_export(record: Mapping[str, Any], export: Mapping[str, Any] | None) -> bool:
     """Whether the run of a record wrote for other runtimes what this setting asks for; the hash leaves that out."""
-    return digest(record.get("config", {}).get("export") or {}) == digest(export or {})
+    return not export or digest(record.get("config", {}).get("export") or {}) == digest(export)
 
 
 def digest(value: Any) -> str:

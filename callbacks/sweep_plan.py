@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from callbacks.run_record import same_export
+from callbacks.run_record import has_export
 from synthesis.leases import Lease
 
 PLAN = "jobs.json"
@@ -43,7 +43,7 @@ class PlannedJob:
 
     def is_done(self, record: Mapping[str, Any]) -> bool:
         """Whether a record of its configuration is all that it asks for."""
-        return record["status"] == "finished" and same_export(record, self.export)
+        return record["status"] == "finished" and has_export(record, self.export)
 
 
 @dataclass

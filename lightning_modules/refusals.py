@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from callbacks.run_record import config_hash, same_export
+from callbacks.run_record import config_hash, has_export
 from lightning_modules.saved_runs import overrides, plain
 
 
@@ -36,9 +36,9 @@ def expect_unfinished(cfg: DictConfig, folder: Path) -> None:
     if "SUBMITIT_EXECUTOR" not in os.environ or cfg.evaluate or not path.exists():
         return
     record, now = json.loads(path.read_text()), plain(cfg, resolve=False)
-    same = record.get("config_hash") == config_hash(now) and same_export(record, plain(cfg).get("export"))
+    same = record.get("config_hash") == config_hash(now) and has_export(record, plain(cfg).get("export"))
     if same and record.get("status") == "finished":
-        raise AlreadyFinishedError(folder, record["metrics"])
+        raise AlreadyFinishedError(folder, record.get("metrics", {}))
 
 
 def refuse_idle_resume(cfg: DictConfig) -> None:

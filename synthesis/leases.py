@@ -97,7 +97,7 @@ class Lease:
         owner = self._lock.owner
         if owner is not None and owner.hostname == socket.gethostname():
             return  # of a process that can be looked at
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone, or no file can be written: no lock is removed
             seen = self.path.stat()
             if self._file_time() - seen.st_mtime > self.silence:
                 log.warning("%s: taken over from %s, silent for more than %g s", self.path, self.holder, self.silence)

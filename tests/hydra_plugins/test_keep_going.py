@@ -327,6 +327,7 @@ def test_what_a_finished_run_lacks_is_its_export(prepared: Callable[..., Any]) -
         (place / "record.json").write_text(json.dumps(facts))
     assert resumed(prepared, *SHORT, "export=onnx") == []
     assert len(resumed(prepared, *SHORT, "export=onnx", "export.container=int4")) == 2
+    assert resumed(prepared, *SHORT) == []  # which has more than it asks for
 
 
 NUMBERED = ("hydra.sweep.dir=sweep", "hydra.sweep.subdir=job/${hydra.job.num}")
