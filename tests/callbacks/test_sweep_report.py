@@ -55,10 +55,13 @@ def test_all_files_are_left_and_nothing_else(folder: Path) -> None:
 LOOP = """
 import sys
 from pathlib import Path
-from callbacks.sweep_report import make_report
+from callbacks import sweep_report
 
-for _ in range(6):
-    make_report(Path(sys.argv[1]))
+sweep_report.pareto = sweep_report.heat_map = lambda settings: None  # which take long
+sweep_report.page = lambda sweep, made: "page"
+sweep_report.report.console.quiet = True
+for _ in range(100):
+    sweep_report.make_report(Path(sys.argv[1]))
 """
 
 
@@ -70,8 +73,7 @@ def test_processes_that_make_it_at_one_time_do_not_meet(folder: Path) -> None:
     ]
     errors = [process.communicate(timeout=200)[1].decode() for process in loops]
     assert [process.returncode for process in loops] == [0, 0], errors
-    files = {path.name for path in folder.iterdir() if path.is_file()}
-    assert files == {"sweep.csv", "sweep.md", "report.html", "pareto.png", "heat_map.png"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"sweep.csv", "sweep.md", "report.html"}
     assert len((folder / "sweep.csv").read_text().splitlines()) == 14
 
 
