@@ -26,7 +26,7 @@ THREADS = {"OMP_NUM_THREADS": "1"}  # of what is started
 def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`python run.py <arguments>` in `folder`, its output in `output.log` there; killed at the latest on leaving."""
     environment = os.environ | THREADS | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    environment |= {"CALIBRANT_STORE": str(folder / "store")}
+    environment |= {"CALIBRANT_STORE": str(folder / "store"), "CALIBRANT_TRUST": "tests"}  # saved runs name `Pace`
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     with (folder / "output.log").open("w") as output:
         process = subprocess.Popen(
