@@ -41,8 +41,20 @@ class StageCheckpoint(pl.Callback):
         """Write the file now; every process of a run has to call."""
         target = self.path(pl_module)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _count_epoch(trainer)
         temporary = target.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
             temporary.replace(target)
         self.last = time.monotonic()
+
+
+def _count_epoch(trainer: pl.Trainer) -> None:
+    """Count the epoch in work as begun.
+
+    Lightning does not where it resumed from the last step of the epoch before, and from such a checkpoint it would take
+    the steps since then once more.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    for count in (progress.current, progress.total):
+        count.ready = count.started = count.completed + 1

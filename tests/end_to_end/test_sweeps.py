@@ -160,34 +160,50 @@ def expect_whole(folder: Path) -> None:
 
 
 def work_left(undisturbed: Path, sweep: Path) -> tuple[float, float]:
-    """Seconds of a resumed run before its first job, and to its end, from what the undisturbed one has taken."""
-    took = {
-        name: sum(stage["seconds"] for stage in facts["stages"].values())
-        for name, facts in records(undisturbed).items()
-    }
-    start = float((undisturbed.parent.parent / "seconds").read_text()) - sum(took.values())
+    """Seconds of a resumed run before its first job, and of the jobs it has to do, as the undisturbed one took them."""
+    took = {name: sum(s["seconds"] for s in facts["stages"].values()) for name, facts in records(undisturbed).items()}
     there = records(sweep)
     done = [name for name in took if there.get(name, {}).get("status") == "finished"]
-    return start, start + sum(took.values()) - sum(took[name] for name in done)
+    start = float((undisturbed.parent.parent / "seconds").read_text()) - sum(took.values())
+    return start, sum(seconds for name, seconds in took.items() if name not in done)
+
+
+def in_work(sweep: Path, begun: float) -> bool:
+    """Whether a record says that a job runs and was written since."""
+    recent = [path for path in sweep.glob("*/record.json") if path.stat().st_mtime >= begun]
+    return any(json.loads(path.read_text())["status"] == "running" for path in recent)
+
+
+def moment_after(first: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds have gone by since something was first so."""
+    since: list[float] = []
+
+    def due() -> bool:
+        if not since and first():
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] >= seconds
+
+    return due
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_is_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
     sweep, rng, met = tmp_path / "sweep", random.Random(0), 0
     line = [*SWEPT, "-m", "sweep.resume=true", "hydra.sweep.dir=sweep"]
-    for _ in range(20):
-        start, end = work_left(undisturbed, sweep)
-        begun, moment = time.time(), time.monotonic() + rng.uniform(0.3 * start, end)
-        if kill(tmp_path, lambda moment=moment: time.monotonic() > moment, *line):
-            met += any(
-                json.loads(path.read_text())["status"] == "running" and path.stat().st_mtime >= begun
-                for path in sweep.glob("*/record.json")
-            )
+    for number in range(20):
+        start, work = work_left(undisturbed, sweep)
+        begun = time.time()
+        due = moment_after(lambda begun=begun: in_work(sweep, begun), rng.uniform(0, work))
+        if number % 5 == 4:  # while it starts, looks for what is done, or sets aside
+            due = moment_after(lambda: True, rng.uniform(0.3, 1.0) * start)
+        if kill(tmp_path, due, *line):
+            met += in_work(sweep, begun)
         else:
             assert table(sweep) == table(undisturbed)[:FINISHED]
             for record in list(sweep.glob("*/record.json"))[:3]:
                 record.unlink()  # so that there is something left to kill
         expect_whole(tmp_path)
+    (undisturbed.parent.parent / "met").write_text(str(met))
     assert met >= MET, f"{met} of 20 kills met a job in work"
     done = call(tmp_path, *line)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,8 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from callbacks.checkpoint import StageCheckpoint
 from lightning_modules.block_reconstruction import BlockReconstructionModule
 from lightning_modules.job import SAFE_LOADING
 from lightning_modules.reconstruction import build_reconstruction
@@ -264,6 +266,36 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, phases: str, ki
     assert len(after.seen) == len(uninterrupted.seen)
     assert bool(after.seen) == (kill < module.total_steps)
     assert all(torch.equal(a, b) for a, b in zip(after.seen, uninterrupted.seen, strict=True))
+
+
+class SaveAndKill(StageCheckpoint):
+    """Write the stage's checkpoint after step `kill`, and raise."""
+
+    def __init__(self, kill: int | None, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.kill = kill
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.kill:
+            self.save(trainer, pl_module)
+            raise InterruptedError("killed")
+
+
+@pytest.mark.parametrize("kills", [(2, 3), (4, 6), (1, 2, 3), (8, 9)])
+def test_killed_again_after_it_was_resumed_equals_uninterrupted(tmp_path: Path, kills: Sequence[int]) -> None:
+    x, short = images(10), {"iterations": 2, "drop": 0.5}
+    whole = student_of(resnet8(), x)
+    expected = learn(whole, x, **short)
+    assert expected.total_steps == 10  # an epoch of two steps for each of five units
+    checkpoint = tmp_path / "reconstruction.ckpt"
+    for kill in (*kills, None):
+        conversion = student_of(resnet8(), x)
+        module, datamodule = build_reconstruction(conversion=conversion, images=x, **(SETTINGS | short))
+        trainer = trainer_of(module, callbacks=[SaveAndKill(kill, tmp_path)])
+        resumed = {"ckpt_path": checkpoint, **SAFE_LOADING} if checkpoint.exists() else {}
+        with pytest.raises(InterruptedError) if kill else nullcontext():
+            trainer.fit(module, datamodule=datamodule, **resumed)
+    assert same(conversion.student, whole.student)
 
 
 def test_a_barebones_trainer_without_callbacks_gives_the_same_numbers() -> None:
