@@ -203,7 +203,6 @@ def test_killed_at_twenty_random_moments_is_the_undisturbed_one(undisturbed: Pat
             for record in list(sweep.glob("*/record.json"))[:3]:
                 record.unlink()  # so that there is something left to kill
         expect_whole(tmp_path)
-    (undisturbed.parent.parent / "met").write_text(str(met))
     assert met >= MET, f"{met} of 20 kills met a job in work"
     done = call(tmp_path, *line)
     assert done.returncode == 0, done.stderr
