@@ -56,5 +56,6 @@ def _count_epoch(trainer: pl.Trainer) -> None:
     the steps since then once more.
     """
     progress = trainer.fit_loop.epoch_progress
-    for count in (progress.current, progress.total):
+    counts: tuple[Any, ...] = (progress.current, progress.total)
+    for count in counts:
         count.ready = count.started = count.completed + 1
