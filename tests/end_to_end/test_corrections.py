@@ -92,6 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not list((killed / "checkpoints").iterdir())
     assert not (killed / "reconstructed.safetensors").exists()
+    monkeypatch.setenv("CALIBRANT_TRUST", "tests")  # the saved configuration names `Kill`
     run_job(composed([*NOISE, f"resume={killed}"], tmp_path / "new"))  # the student is there already
     assert facts_of(killed)["corrections"] == facts_of(whole)["corrections"]
 
