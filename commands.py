@@ -23,8 +23,8 @@ import run
 from callbacks import comparison, report, sweep_report
 from deployment.containers import Container
 from deployment.exports import FILE, OnnxExport
+from deployment.onnx_export import expect_known
 from deployment.parity import ParityError
-from deployment.runtime import require
 from lightning_modules.deployed import export_saved, measure_saved
 from lightning_modules.repeated_runs import DIFFERENT, EQUAL, NOT_COMPARABLE, repeat
 from lightning_modules.run_folders import one_line
@@ -38,12 +38,8 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--compared", type=int, default=64, help="noise images to compare on; 0: do not compare")
     parser.add_argument("--output", type=Path, help="model.onnx in the run's folder if left out")
     given = parser.parse_args(arguments)
-    newest = require("onnx.defs").onnx_opset_version()
-    if given.opset is not None and given.opset > newest:
-        raise ValueError(
-            f"--opset: expected at most {newest}, the newest that the installed onnx has, got {given.opset}; "
-            "leave it out, or pip install --upgrade onnx"
-        )
+    if given.opset is not None:
+        expect_known(given.opset, "--opset")
     chosen = OnnxExport(container=given.container, opset=given.opset, compared=given.compared)
     remedy = "leave --opset out for the lowest that will do, or choose another --container"
     try:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deployment.whole_file import whole_file
 from networks.cifar_resnet import CifarResNet
 from networks.fixup_resnet import FixupResNet, add_branch_multipliers, fold_branch_multipliers
 
@@ -150,9 +151,8 @@ def train(options: argparse.Namespace) -> None:
         fold_branch_multipliers(model)
     print(f"test top-1 {accuracy(model, test_images, test_labels):.2f} %")
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    temporary = options.output.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"network": f"{type(model).__name__}(20, 10, 1)", "data": "Fashion-MNIST"})
-    temporary.replace(options.output)
+    with whole_file(options.output) as temporary:
+        save_file(state, temporary, metadata={"network": f"{type(model).__name__}(20, 10, 1)", "data": "Fashion-MNIST"})
 
 
 def main() -> None:

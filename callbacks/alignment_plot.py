@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from callbacks.sample_grid import denormalise
+from deployment.whole_file import whole_file
 from lightning_modules.bn_alignment import BNAlignmentModule, images_of
 
 
@@ -81,10 +82,8 @@ class AlignmentPlot(Callback):
         ):
             axis.set(title=title, xlabel=x, ylabel=y)
             axis.legend(fontsize=7)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(self.path)
+        with whole_file(self.path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
 
     def _picture(self, axis: Axes, index: int) -> None:
         images = denormalise(torch.cat(self.images[index]), self.mean, self.std)

@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from deployment.whole_file import whole_file
+
 FLOAT = 32  # bits: not drawn
 
 
@@ -30,8 +32,6 @@ def save_allocation(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     harm.bar(places, [row["sensitivity"] for row in rows], yerr=[row["deviation"] for row in rows], color="tab:red")
     harm.set_ylabel("sensitivity")
     harm.set_xticks(places, [row["group"] for row in rows], rotation=90, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
+
+from deployment.whole_file import whole_file
 
 console = Console()
 
@@ -193,10 +193,8 @@ def named(choice: str | None) -> str:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys, by a temporary name and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(as_csv(rows), newline="")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(as_csv(rows), newline="")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -206,27 +204,6 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside a file that several processes may write at a time; what stands there at the end replaces the file.
-
-    In the folder of a run, where one process writes, a fixed name is better: what a kill leaves is written over.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed left of a file under such names; where nobody writes it."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
 
 
 def pretty(value: Any) -> str:

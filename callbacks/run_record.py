@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from deployment.whole_file import whole_file
+
 PACKAGES = (
     "calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy", "onnx",
     "onnxruntime",
@@ -92,10 +94,8 @@ class RunRecord:
         """Write `record.json` by a temporary name and a rename."""
         if not self.writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "record.json.tmp"
-        temporary.write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
-        temporary.replace(self.folder / "record.json")
+        with whole_file(self.folder / "record.json") as temporary:
+            temporary.write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
 
 
 def config_hash(named_by: Mapping[str, Any]) -> str:

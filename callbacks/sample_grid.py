@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from deployment.whole_file import whole_file
+
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalised images (N, C, H, W) back to [0, 1], clamped."""
@@ -36,9 +38,7 @@ def save_grid(
     grid = make_grid(images, nrow=columns, padding=1, pad_value=1.0)
     zoom = max(1, pixels // grid.shape[-1])
     grid = grid.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     pixel_rows = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixel_rows).save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        Image.fromarray(pixel_rows).save(temporary, format="PNG")
     return path

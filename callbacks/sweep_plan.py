@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from callbacks.run_record import has_export
+from deployment.whole_file import whole_file
 from synthesis.leases import Lease
 
 PLAN = "jobs.json"
@@ -56,10 +57,8 @@ class SweepPlan:
 
     def write(self, folder: Path) -> None:
         """Write `jobs.json`, by a temporary name and a rename."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{PLAN}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(folder / PLAN)
+        with whole_file(folder / PLAN) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def command(self) -> str:

@@ -12,8 +12,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from callbacks.report import replacing
 from callbacks.sweep_results import Setting
+from deployment.whole_file import whole_file
 
 WIDTH = 5.2  # inches; drawn so small that a telephone need hardly shrink it
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#4fa3d1", "#777777")  # told apart by all eyes
@@ -138,6 +138,6 @@ def as_svg(figure: Figure) -> bytes:
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Write the figure, by a temporary name and a rename."""
-    with replacing(path) as temporary:
+    with whole_file(path, several=True) as temporary:
         figure.savefig(temporary, format="png", dpi=144, facecolor="white")
     return path

@@ -21,6 +21,7 @@ from callbacks.sweep_plan import FAILURE
 from callbacks.sweep_plots import heat_map, pareto, save_png
 from callbacks.sweep_results import Sweep, read_sweep, spread
 from callbacks.sweep_runs import Run
+from deployment.whole_file import remove_unfinished, whole_file
 from synthesis.leases import Lease
 
 MEANING = "top-1 in per cent, mean ± sample deviation over seeds; drop in points below the float network"
@@ -55,10 +56,9 @@ def keep_failure(folder: Path, error: BaseException) -> Path:
     """Write `failed.json`, by a temporary name and a rename; returns its path."""
     lines = traceback.format_exception(error)
     facts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FAILURE}.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    return temporary.replace(folder / FAILURE)
+    with whole_file(folder / FAILURE) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    return folder / FAILURE
 
 
 def make_report(folder: Path) -> Sweep:
@@ -74,7 +74,7 @@ def make_report(folder: Path) -> Sweep:
     with Lease(folder / ".report.lock", SILENCE).held(PATIENCE_S):
         sweep = read_sweep(folder)
         for name in FILES:
-            report.remove_unfinished(folder / name)
+            remove_unfinished(folder / name)
         if sweep.runs:
             _write(folder / "sweep.csv", report.as_csv(rows(sweep.runs)))
         for name, draw in (("pareto", pareto), ("heat_map", heat_map)):
@@ -88,7 +88,7 @@ def make_report(folder: Path) -> Sweep:
 
 
 def _write(path: Path, text: str) -> None:
-    with report.replacing(path) as temporary:
+    with whole_file(path, several=True) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 

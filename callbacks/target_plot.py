@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from deployment.whole_file import whole_file
 from lightning_modules.bn_alignment import BNAlignmentModule
 
 
@@ -28,8 +29,6 @@ def save_targets(alignment: BNAlignmentModule, path: Path) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path

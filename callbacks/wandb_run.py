@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks import wandb_access
 from callbacks.wandb_access import short
 from callbacks.wandb_content import Content, labels, readable
+from deployment.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +181,8 @@ class WandbRun(Logger):
             "group": known.get("group") or self._labels["group"],
         }
         place = known.get("files") or os.path.relpath(sweep_folder(self.folder) or self.folder, self.folder)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(identity | {"files": place}) + "\n")
-        temporary.replace(kept)
+        with whole_file(kept) as temporary:
+            temporary.write_text(json.dumps(identity | {"files": place}) + "\n")
         arguments: dict[str, Any] = self._labels | identity
         arguments |= {"project": self.project, "dir": str((self.folder / place).resolve())}
         arguments |= {"reinit": "create_new", "resume": "allow" if known else None}

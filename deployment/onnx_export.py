@@ -23,7 +23,7 @@ from deployment.onnx_operators import WRITERS, clip, clip_bounds
 from deployment.onnx_values import Facts, Value, Values, facts_of
 from deployment.origins import LOGITS
 from deployment.runtime import require
-from deployment.whole_file import whole_file
+from deployment.whole_file import expect_no_folder, whole_file
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer
 from quantizers.operators import Operators
 
@@ -56,6 +56,7 @@ class Exported:
     def save(self, path: str | Path) -> Path:
         """Write the model, by a temporary name and a rename."""
         path = Path(path)
+        expect_no_folder(path)
         with whole_file(path) as temporary:
             temporary.write_bytes(self.model.SerializeToString())
         return path
@@ -83,7 +84,7 @@ def export_onnx(
             roundings are not final.
     """
     opset = check_container(container, opset)
-    _expect_known(opset)
+    expect_known(opset)
     walk = _Walk(student, tuple(input_size), container)
     output = walk.run()
     graph, helper, types = walk.graph, walk.graph.helper, walk.graph.types
@@ -198,13 +199,14 @@ class _Walk:
         self.values[node] = value
 
 
-def _expect_known(opset: int) -> None:
+def expect_known(opset: int, argument: str = "export.opset") -> None:
+    """Raises ValueError for an operator set that the installed onnx does not have yet."""
     onnx = require("onnx")
     known = require("onnx.defs").onnx_opset_version()
     if opset > known:
         raise ValueError(
-            f"export.opset: expected at most {known}, the highest of the installed onnx {onnx.__version__}, got "
-            f"{opset}, which container int2 needs at least 25 of; pip install --upgrade onnx"
+            f"{argument}: expected at most {known}, the highest of the installed onnx {onnx.__version__}, got {opset}; "
+            "leave it out, or pip install --upgrade onnx (container int2 needs at least 25)"
         )
 
 

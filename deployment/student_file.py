@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from deployment.whole_file import whole_file
+from deployment.whole_file import expect_no_folder, whole_file
 from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of
 
 FAMILY, VERSION = "calibrant student ", 1  # a reader knows its own version and those before
@@ -27,6 +27,7 @@ def save_student(student: nn.Module, path: Path, facts: Mapping[str, str]) -> Pa
     Also the grid of each quantizer, and which parts are switched off: a tensor that no calibration image reached stays
     in float. The file appears whole: it is written under a temporary name and renamed.
     """
+    expect_no_folder(path)
     state = {key: value.detach().cpu().clone().contiguous() for key, value in student.state_dict().items()}
     off = json.dumps([path for path, part in _switches(student).items() if not part.enabled])
     metadata = {"format": FORMAT, SWITCHED_OFF: off, GRIDS: json.dumps(_grids(student))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +15,24 @@ def expect_no_folder(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, several: bool = False) -> Iterator[Path]:
     """A temporary name beside `path`: renamed to it when the block ends well, removed when it fails.
 
-    Raises:
-        ValueError: if `path` is a folder; nothing is written then.
+    Args:
+        path: of the file.
+        several: processes may write it at a time: each gets a name of its own. Where one writes, as in the folder of a
+            run, the name is always the same, so that what a kill leaves is written over.
     """
-    expect_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if several else f"{path.name}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `several` processes that were killed left beside a file; where nobody writes it."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)

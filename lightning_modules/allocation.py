@@ -18,6 +18,7 @@ from allocation.resources import Solution
 from callbacks import report
 from callbacks.allocation_plot import save_allocation
 from datamodules.calibration import CalibrationImages
+from deployment.whole_file import whole_file
 from lightning_modules.run_folders import read_yaml
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
@@ -103,11 +104,9 @@ def read_bits(path: Path) -> Bits:
 
 def write_bits(path: Path, bits: Bits, facts: Mapping[str, Any]) -> Path:
     """Write an allocation file, by a temporary name and a rename; `facts` say how it was found."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     content = {"bits": {layer: list(pair) for layer, pair in bits.items()}, "found": dict(facts)}
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
     return path
 
 

@@ -11,6 +11,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from deployment.whole_file import whole_file
+
 RESULT = "result.pkl"  # in the job's folder, until the sweep has read it
 
 
@@ -35,6 +37,5 @@ class SaveResult(Callback):
         except Exception:
             blob = pickle.dumps((job_return.status.name, RuntimeError(f"{type(value).__name__}: {value}")))
         path = Path(config.hydra.runtime.output_dir) / RESULT
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(blob)
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(blob)

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.report import replacing
+from deployment.whole_file import whole_file
 from hydra_plugins.calibrant_optuna._search import CHEAP, ERROR
 from hydra_plugins.calibrant_optuna._study import discarded
 from synthesis.leases import Lease
@@ -101,5 +101,5 @@ class Results:
         Console().print(table)
 
     def _replace(self, name: str, text: str) -> None:
-        with replacing(self.folder / name) as temporary:
+        with whole_file(self.folder / name, several=True) as temporary:
             temporary.write_text(text, newline="")

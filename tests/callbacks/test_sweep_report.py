@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from callbacks.report import replacing
 from callbacks.sweep_page import page
 from callbacks.sweep_plan import PlannedJob, SweepPlan
 from callbacks.sweep_plots import as_svg, front, heat_map, pareto
 from callbacks.sweep_report import make_report, markdown, sweep_table
 from callbacks.sweep_results import read_sweep
+from deployment.whole_file import whole_file
 from tests.callbacks.sweeps import record, write
 from tests.configuration import ROOT
 
@@ -79,11 +79,11 @@ def test_processes_that_make_it_at_one_time_do_not_meet(folder: Path) -> None:
 
 def test_files_written_at_one_time_do_not_meet(tmp_path: Path) -> None:
     target = tmp_path / "new" / "a.csv"
-    with replacing(target) as first, replacing(target) as second:
+    with whole_file(target, several=True) as first, whole_file(target, several=True) as second:
         first.write_text("first")
         second.write_text("second")
     assert target.read_text() == "first"  # the last to end
-    with pytest.raises(FileNotFoundError), replacing(target):
+    with pytest.raises(FileNotFoundError), whole_file(target, several=True):
         pass
     assert target.read_text() == "first"
     assert list(target.parent.iterdir()) == [target]
