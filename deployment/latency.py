@@ -10,13 +10,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
@@ -24,8 +24,8 @@ from deployment.onnx_values import facts_of
 from deployment.runtime import session
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
 from quantizers.operators import CLIPS, Operators
+from quantizers.protocol import FLOAT
 
-FLOAT = 32
 HEAVY = ("Conv", "Gemm", "MatMul")  # in the names of the operators that layers become
 
 
@@ -140,24 +140,36 @@ def layer_times(
     student has them; the profiler counts whole microseconds. A layer that is called several times has a row for each
     input size. For choosing bits see `latency_table`.
     """
-    operators, facts = Operators(student), facts_of(student, input_size)
-    rows: dict[tuple[str, tuple[int | None, ...]], list[LayerTime]] = {}
-    for node in student.graph.nodes:
-        if not isinstance(operators.module(node), (QuantizedLayer, *WEIGHTED)):
-            continue
-        single, source = alone(student, node, operators)
-        shape = facts[source].shape
-        assert shape is not None
-        if (str(node.target), shape) not in rows:
-            size = tuple(int(s or batch) for s in shape[1:])
-            rows[str(node.target), shape] = _timed(single, str(node.target), size, batch, threads, calls, container)
+    rows: dict[tuple[str, tuple[int, ...]], list[LayerTime]] = {}
+    for path, single, images in layers_alone(student, input_size, batch):
+        if (path, tuple(images.shape)) not in rows:
+            rows[path, tuple(images.shape)] = _timed(single, path, images, threads, calls, container)
     return [row for found in rows.values() for row in found]
 
 
-def alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tuple[fx.GraphModule, fx.Node]:
-    """The layer with the sites around it, pooling and reshaping left out, and the node whose result it takes."""
-    source = node.all_input_nodes[0]
-    site = operators.source(source)
+def layers_alone(
+    student: fx.GraphModule, input_size: tuple[int, ...], batch: int
+) -> Iterator[tuple[str, fx.GraphModule, Tensor]]:
+    """Every call of a layer by itself: its path, a network of it and the sites around it, and noise as its input."""
+    operators, facts = Operators(student), facts_of(student, input_size)
+    for node in student.graph.nodes:
+        if not isinstance(operators.module(node), (QuantizedLayer, *WEIGHTED)):
+            continue
+        shape = facts[node.all_input_nodes[0]].shape
+        assert shape is not None
+        size = tuple(int(s or batch) for s in shape[1:])
+        images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+        yield str(node.target), _alone(student, node, operators), images
+
+
+def first_module(single: fx.GraphModule) -> nn.Module:
+    """What a layer alone begins with: the site before it, or itself."""
+    return single.get_submodule(str(next(n for n in single.graph.nodes if n.op == "call_module").target))
+
+
+def _alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> fx.GraphModule:
+    """The layer with the sites around it; pooling and reshaping are left out."""
+    site = operators.source(node.all_input_nodes[0])
     chain = [site, node] if isinstance(operators.module(site), ActivationSite) else [node]
     reader = next(iter(node.users))
     if operators.name(reader) in CLIPS:
@@ -170,26 +182,23 @@ def alone(student: fx.GraphModule, node: fx.Node, operators: Operators) -> tuple
     for link in chain:
         last = graph.node_copy(link, lambda _, last=last: last)
     graph.output(last)
-    return fx.GraphModule(student, graph), source
+    return fx.GraphModule(student, graph)
 
 
 def _timed(
     single: fx.GraphModule,
     path: str,
-    size: tuple[int, ...],
-    batch: int,
+    images: Tensor,
     threads: int,
     calls: int,
     container: Container,
 ) -> list[LayerTime]:
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
     quantized = _kernel(single, images, threads, calls, container)
     with float_mode(single):
         floating = _kernel(single, images, threads, calls, container)
     layer = single.get_submodule(path)
     w_bits = layer.weight_quantizer.grid.bits if isinstance(layer, QuantizedLayer) else FLOAT
-    first = next(n for n in single.graph.nodes if n.op == "call_module")
-    site = single.get_submodule(str(first.target))
+    site = first_module(single)
     a_bits = site.quantizer.grid.bits if isinstance(site, ActivationSite) and site.enabled else FLOAT
     found = [(FLOAT, FLOAT, floating), (w_bits, a_bits, quantized)]
     return [

@@ -19,18 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from deployment.containers import Container
-from deployment.latency import HEAVY, alone, turn
+from deployment.latency import HEAVY, first_module, layers_alone, turn
 from deployment.onnx_export import INPUT, export_onnx
-from deployment.onnx_values import facts_of
 from deployment.runtime import has_vnni, require, session
 from quantizers.calibrate import calibrate_ranges
-from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, output_first, quantized_layers, sites
+from quantizers.layer import ActivationSite, QuantizedLayer, output_first, quantized_layers, sites
 from quantizers.nearest import Nearest, NearestActivation
-from quantizers.operators import Operators
 from quantizers.protocol import FLOAT
 from quantizers.ranges import MinMax
 
@@ -71,20 +68,12 @@ def latency_table(
     """
     symmetric = all(layer.weight_quantizer.grid.symmetric for _, layer in quantized_layers(student))
     activations = WIDTHS if any(site.enabled for _, site in sites(student)) else (FLOAT,)
-    operators, facts = Operators(student), facts_of(student, input_size)
     clock = _Clock(threads, rounds)
     found: dict[tuple[str, int, int], float] = {}
-    for node in student.graph.nodes:
-        if not isinstance(operators.module(node), (QuantizedLayer, *WEIGHTED)):
-            continue
-        single, source = alone(student, node, operators)
-        shape = facts[source].shape
-        assert shape is not None
-        size = tuple(int(s or batch) for s in shape[1:])
-        images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-        seconds_at = _alike(single, str(node.target), images, symmetric, clock, container)
+    for path, single, images in layers_alone(student, input_size, batch):
+        seconds_at = _alike(single, path, images, symmetric, clock, container)
         for pair in ((w, a) for w in WIDTHS for a in activations):
-            key = str(node.target), *pair
+            key = path, *pair
             spent = seconds_at(*(ALIKE.get(width, width) for width in pair))
             found[key] = found.get(key, 0.0) + 1e3 * spent / batch
     return [
@@ -116,22 +105,19 @@ def _at(single: fx.GraphModule, path: str, pair: tuple[int, int], images: Tensor
         quantizer = Nearest(output_first(layer).detach(), weight, symmetric=symmetric, range=MinMax())
         layer = QuantizedLayer(layer, quantizer)
     changed.set_submodule(path, layer)
-    reads_integers = isinstance(_first(changed), ActivationSite)
+    first = first_module(changed)
+    reads_integers = isinstance(first, ActivationSite)
     writes = 8 if not reads_integers and weight != FLOAT else activation  # a float image is followed by 8 bits
     for name, site in list(sites(changed)):
-        width = activation if site is _first(changed) else writes
+        width = activation if site is first else writes
         grid = site.quantizer.grid
         bits = 8 if width == FLOAT else width
         ranged = NearestActivation(bits, signed=not grid.one_sided, symmetric=grid.symmetric, range=MinMax())
         changed.set_submodule(name, ActivationSite(ranged))
     calibrate_ranges(changed, images, batch_size=len(images))
     for _, site in sites(changed):
-        site.enabled = (activation if site is _first(changed) else writes) != FLOAT
+        site.enabled = (activation if site is first_module(changed) else writes) != FLOAT
     return changed.eval()
-
-
-def _first(single: fx.GraphModule) -> nn.Module:
-    return single.get_submodule(str(next(n for n in single.graph.nodes if n.op == "call_module").target))
 
 
 class _Clock:

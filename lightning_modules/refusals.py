@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from callbacks.run_record import config_hash, has_export
+from lightning_modules.run_folders import read_facts
 from lightning_modules.saved_runs import overrides, plain
 
 
@@ -32,10 +32,9 @@ def expect_unfinished(cfg: DictConfig, folder: Path) -> None:
     Raises:
         AlreadyFinishedError: if so.
     """
-    path = folder / "record.json"
-    if "SUBMITIT_EXECUTOR" not in os.environ or cfg.evaluate or not path.exists():
+    if "SUBMITIT_EXECUTOR" not in os.environ or cfg.evaluate:
         return
-    record, now = json.loads(path.read_text()), plain(cfg, resolve=False)
+    record, now = read_facts(folder), plain(cfg, resolve=False)
     same = record.get("config_hash") == config_hash(now) and has_export(record, plain(cfg).get("export"))
     if same and record.get("status") == "finished":
         raise AlreadyFinishedError(folder, record.get("metrics", {}))

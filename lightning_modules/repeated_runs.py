@@ -18,6 +18,7 @@ from callbacks.comparison import metrics_between, origins_between, read_record
 from callbacks.run_record import config_hash
 from lightning_modules.allowed_targets import expect_allowed
 from lightning_modules.processes import process_count
+from lightning_modules.run_folders import CONFIG, RECORD, read_yaml
 from lightning_modules.saved_runs import plain
 
 EQUAL, DIFFERENT, NOT_COMPARABLE = 0, 1, 3  # exit codes; 2 is argparse's
@@ -69,7 +70,7 @@ def repeat(
         raise ValueError(f"record: expected that of a finished run, got one that is {record.get('status')!r}: {path}")
     if record["config"].get("evaluate"):
         raise ValueError(f"record: {path} only scored another run; name that one: {record['config']['evaluate']}")
-    if (folder / "record.json").exists():
+    if (folder / RECORD).exists():
         raise ValueError(f"output: expected a folder without a run in it, got {folder}")
     cfg = configuration(record, path if path.is_dir() else path.parent, folder)
     expect_allowed(cfg, path, "record")
@@ -78,8 +79,8 @@ def repeat(
         raise ValueError(f"record: expected that of one process, got one of {count}; use `calibrant verify` for {path}")
     for own in ("hydra", "defaults"):  # of Hydra itself, in no saved configuration; a command would obey them
         cfg.pop(own, None)
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    (folder / CONFIG).parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / CONFIG)
     found = re.search(r", (\d+) threads$", str(record.get("machine")))
     threads = int(found[1]) if found is not None else torch.get_num_threads()  # the order of sums depends on it
     if count > 1 and script is not None:
@@ -100,7 +101,8 @@ def _run_command(script: Path, folder: Path, threads: int) -> None:
     environment = dict(os.environ)
     if threads != torch.get_num_threads():  # else Lightning deals them out among its processes, as it did before
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    given = ["--config-path", str(folder.absolute() / ".hydra"), "--config-name", "config"]
+    saved = folder.absolute() / CONFIG
+    given = ["--config-path", str(saved.parent), "--config-name", saved.stem]
     command = [sys.executable, str(script), *given, "hydra.run.dir=${paths.output}"]
     code = subprocess.run(command, env=environment).returncode
     if code:
@@ -113,8 +115,8 @@ def configuration(record: Mapping[str, Any], home: Path, folder: Path) -> DictCo
     The saved file beside the record still has its interpolations, so that paths follow the new folder and this
     machine's data; the record itself, should it stand alone, has the old paths in it.
     """
-    saved = home / ".hydra" / "config.yaml"
-    cfg = OmegaConf.load(saved) if saved.exists() else None
+    saved = home / CONFIG
+    cfg = read_yaml(saved, "record") if saved.exists() else None
     if not isinstance(cfg, DictConfig) or config_hash(plain(cfg, resolve=False)) != record.get("config_hash"):
         old = str(record["config"]["paths"]["output"])
         cfg = OmegaConf.create(_moved(record["config"], old, str(folder)))
