@@ -22,15 +22,19 @@ QUICK = (*SMALL, "calibration=noise", "reconstruction.iterations=4", "callbacks.
 THREADS = {"OMP_NUM_THREADS": "1"}  # of what is started
 
 
+def environment_of(folder: Path) -> dict[str, str]:
+    """Of what is started in `folder`: its own store, and trust in what the tests themselves put into saved runs."""
+    environment = os.environ | THREADS | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    return environment | {"CALIBRANT_STORE": str(folder / "store"), "CALIBRANT_TRUST": "tests"}
+
+
 @contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`python run.py <arguments>` in `folder`, its output in `output.log` there; killed at the latest on leaving."""
-    environment = os.environ | THREADS | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    environment |= {"CALIBRANT_STORE": str(folder / "store"), "CALIBRANT_TRUST": "tests"}  # saved runs name `Pace`
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     with (folder / "output.log").open("w") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            command, cwd=folder, env=environment_of(folder), stdout=output, stderr=subprocess.STDOUT, text=True
         )
     with process:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.pace import paced, where
-from tests.cluster.sweeps import QUICK, alive, call, output_of, place, record, started, until
+from tests.cluster.sweeps import QUICK, alive, call, environment_of, output_of, place, record, started, until
 from tests.configuration import ROOT
 
 DDP = ("trainer=ddp", "trainer.accelerator=cpu")
@@ -88,10 +88,9 @@ def test_two_processes_stop_together_and_leave_no_orphan(end: signal.Signals, tm
 def test_a_run_of_two_processes_is_verified_by_two(tmp_path: Path) -> None:
     code, output = call(tmp_path, *QUICK, *DDP, "hydra.run.dir=run")
     assert code == 0, output
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "commands.py"), "verify", "run/record.json", "--output", "again"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180,
+        cwd=tmp_path, env=environment_of(tmp_path), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every metric is equal, bitwise" in done.stdout

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
 from run import run_job
+from tests.cluster.sweeps import same_student
 from tests.configuration import SMALL, composed
 from tests.killing import Kill, killing
 
@@ -71,9 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> N
     assert (killed / "checkpoints" / "distillation.ckpt").exists()
     cfg.resume = str(killed)
     assert run_job(cfg) == metrics
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (whole, killed))
-    assert ours.keys() == theirs.keys()
-    assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert same_student(whole, killed)
 
 
 def test_class_aware_images_are_reconstructed_on(tmp_path: Path) -> None:
