@@ -234,3 +234,11 @@ def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
         "| flexround, block, no drop |  |  | 88.40 |  | 20 |",
         "| nearest |  |  |  | **80.00** | 20 |",
     ]
+
+
+def test_no_script_has_the_name_of_a_package():
+    """`python benchmarks/table.py` looks for `deployment` among the scripts first."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"run", "commands"}
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__"}
+    assert {"deployment", "callbacks"} <= packages
+    assert not scripts & packages

@@ -1,8 +1,8 @@
 """Accuracy, bytes and latency in onnxruntime, one row a run, into benchmarks/results/deployment.csv.
 
     python run.py -m export=onnx protocol=brecq,onnxruntime bits=w8a8,w4a4 hydra.sweep.dir=multirun/deployment
-    python -m benchmarks.deployment multirun/deployment
-    python -m benchmarks.deployment multirun/deployment --layers       each layer by itself, into deployment_layers.csv
+    python -m benchmarks.exported_runs multirun/deployment
+    python -m benchmarks.exported_runs multirun/deployment --layers   each layer by itself, into deployment_layers.csv
 
 Runs have to have been made with `export=onnx`. A row has the columns of every results file, then those of the export.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.deployment import LAYER, SAME, merged, rows_of
+from benchmarks.exported_runs import LAYER, SAME, merged, rows_of
 from benchmarks.table import RESULTS, read_rows
 from callbacks.report import write_csv
 from run import run_job
