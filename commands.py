@@ -37,10 +37,11 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--opset", type=int, help="the lowest that has the container's types if left out")
     parser.add_argument("--compared", type=int, default=64, help="noise images to compare on; 0: do not compare")
     parser.add_argument("--output", type=Path, help="model.onnx in the run's folder if left out")
+    parser.add_argument("--openvino", action="store_true", help="compare in OpenVINO as well")
     given = parser.parse_args(arguments)
     if given.opset is not None:
         expect_known(given.opset, "--opset")
-    chosen = OnnxExport(container=given.container, opset=given.opset, compared=given.compared)
+    chosen = OnnxExport(container=given.container, opset=given.opset, compared=given.compared, openvino=given.openvino)
     remedy = "leave --opset out for the lowest that will do, or choose another --container"
     try:
         with _runtime_heeded(f"--opset {given.opset}, --container {given.container}: the file is refused", remedy):
@@ -70,11 +71,12 @@ def benchmark(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--threads", type=int, default=1, help="inside an operator")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each model, an odd number")
+    parser.add_argument("--openvino", action="store_true", help="time both in OpenVINO as well")
     given = parser.parse_args(arguments)
     with _runtime_heeded(
         f"folder: {given.folder / FILE} is refused", f"write it anew: calibrant export {given.folder}"
     ):
-        options = {"batch": given.batch, "threads": given.threads, "rounds": given.rounds}
+        options = {"batch": given.batch, "threads": given.threads, "rounds": given.rounds, "openvino": given.openvino}
         found = measure_saved(given.folder, **options, table=True)
     models = [row | {"bytes": found.bytes[row["model"]]} for row in report.as_rows(found.models)]
     title = f"batch {given.batch}, {given.threads} threads"

@@ -12,6 +12,7 @@ from torch import fx
 from deployment.containers import Container, check_container
 from deployment.onnx_export import Exported, export_onnx
 from deployment.parity import ParityError
+from deployment.runtime import Runtime
 from deployment.whole_file import expect_no_folder
 
 FILE = "model.onnx"
@@ -23,7 +24,7 @@ class OnnxExport:
 
     `compared`: images on which every tensor is compared with the student; None: all there are, 0: none. `tolerance`:
     points by which top-1 of runtime and student may be apart, each computing by itself; None only reports it.
-    `threads`: of the runtime.
+    `threads`: of the runtime. `openvino`: whether OpenVINO, besides onnxruntime, has to follow as closely.
 
     Raises:
         ValueError: for an unknown container, an opset that lacks its types, or a number out of its range.
@@ -34,6 +35,7 @@ class OnnxExport:
     compared: int | None = 256
     tolerance: float | None = None
     threads: int = 1
+    openvino: bool = False
 
     def __post_init__(self) -> None:
         check_container(self.container, self.opset)
@@ -43,6 +45,11 @@ class OnnxExport:
             raise ValueError(f"export.tolerance: expected points of top-1, or null for any, got {self.tolerance}")
         if self.threads < 1:
             raise ValueError(f"export.threads: expected at least 1, got {self.threads}")
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        """What has to follow the student; onnxruntime first."""
+        return ["onnxruntime", "openvino"] if self.openvino else ["onnxruntime"]
 
     def make(
         self, student: fx.GraphModule, input_size: tuple[int, ...], facts: Mapping[str, str] | None = None

@@ -1,4 +1,4 @@
-"""How long models take in onnxruntime: in turns within one run, warm, medians; each operator, and each layer by itself.
+"""How long models take in a runtime: in turns within one run, warm, medians; each operator, and each layer by itself.
 
 Only ratios of one run say anything: the same machine, the same minutes, as many threads. Integer kernels depend on the
 shape of a layer and on the processor, not on the bits below 8.
@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.onnx_values import facts_of
-from deployment.runtime import session
+from deployment.runtime import Loaded, Runtime, load, session
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
 from quantizers.operators import CLIPS, Operators
 from quantizers.protocol import FLOAT
@@ -31,9 +31,11 @@ HEAVY = ("Conv", "Gemm", "MatMul")  # in the names of the operators that layers 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """`milliseconds`: median of a call; `speedup`: how many times faster than the first model, median over rounds."""
+    """`milliseconds`: median of a call; `speedup`: how many times faster than the first model in the same runtime,
+    median over rounds."""
 
     model: str
+    runtime: Runtime
     milliseconds: float
     speedup: float
 
@@ -59,13 +61,20 @@ class LayerTime:
 
 
 def latencies(
-    models: Mapping[str, Path | bytes], images: Tensor, *, threads: int = 1, rounds: int = 9, seconds: float = 0.3
+    models: Mapping[str, Path | bytes],
+    images: Tensor,
+    *,
+    runtimes: Sequence[Runtime] = ("onnxruntime",),
+    threads: int = 1,
+    rounds: int = 9,
+    seconds: float = 0.3,
 ) -> list[Latency]:
     """Runs the models in turns on the same images (N, C, H, W).
 
     Args:
         models: by name; speedups refer to the first.
         images: one batch.
+        runtimes: every model is timed in each.
         threads: inside an operator.
         rounds: turns of each model; an odd number.
         seconds: length of a turn, at least three calls; the first call of a turn warms up and does not count.
@@ -75,26 +84,29 @@ def latencies(
     if rounds < 1 or rounds % 2 == 0:
         raise ValueError(f"rounds: expected an odd number, so that one of them is the median, got {rounds}; try 9")
     feed = {INPUT: images.numpy()}
-    sessions = {name: session(model, threads=threads) for name, model in models.items()}
-    turns: dict[str, list[float]] = {name: [] for name in models}
-    calls: dict[str, list[float]] = {name: [] for name in models}
+    loaded: dict[tuple[Runtime, str], Loaded] = {
+        (runtime, name): load(model, runtime, threads=threads) for runtime in runtimes for name, model in models.items()
+    }
+    turns: dict[tuple[Runtime, str], list[float]] = {key: [] for key in loaded}
+    calls: dict[tuple[Runtime, str], list[float]] = {key: [] for key in loaded}
     for _ in range(rounds):
-        for name, run in sessions.items():
-            times = turn(run, feed, seconds)
-            turns[name].append(statistics.median(times))
-            calls[name] += times
-    first = turns[next(iter(models))]
+        for key, model in loaded.items():
+            times = turn(model, feed, seconds)
+            turns[key].append(statistics.median(times))
+            calls[key] += times
+    first = next(iter(models))
     return [
         Latency(
             model=name,
-            milliseconds=1e3 * statistics.median(calls[name]),
-            speedup=statistics.median(a / b for a, b in zip(first, turns[name], strict=True)),
+            runtime=runtime,
+            milliseconds=1e3 * statistics.median(calls[runtime, name]),
+            speedup=statistics.median(a / b for a, b in zip(turns[runtime, first], own, strict=True)),
         )
-        for name in models
+        for (runtime, name), own in turns.items()
     ]
 
 
-def turn(run: Any, feed: dict[str, Any], seconds: float) -> list[float]:
+def turn(run: Loaded, feed: dict[str, Any], seconds: float) -> list[float]:
     """Seconds of each call behind the first, at least three."""
     run.run(None, feed)
     times, end = [], time.perf_counter() + seconds

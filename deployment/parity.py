@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from deployment.onnx_export import INPUT, OUTPUT, Exported
 from deployment.origins import Origin, origins_of
-from deployment.runtime import require, session
+from deployment.runtime import Runtime, load, require
 
 STEPS = 1  # that a quantized tensor may be off
 SHARE = 1e-3  # of its elements that may differ; a tie is decided otherwise in one of 10,000 at most
@@ -85,6 +85,7 @@ class Parity(NamedTuple):
     rows: list[TensorParity]
     images: int
     alike: int
+    runtime: Runtime = "onnxruntime"
 
 
 class _Compared:
@@ -147,6 +148,7 @@ def compare(
     *,
     limit: int | None = None,
     threads: int = 1,
+    runtime: Runtime = "onnxruntime",
 ) -> Parity:
     """Compares every quantized tensor and the logits; the tensors of a few images are in memory at a time.
 
@@ -156,6 +158,7 @@ def compare(
         batches: of images (N, C, H, W), normalised; others than those of the calibration.
         limit: compare the first so many images; None: all.
         threads: of the runtime.
+        runtime: what runs the file.
 
     Raises:
         ValueError: if there is no image.
@@ -165,7 +168,7 @@ def compare(
     names = {str(node.target): str(node.meta.get("tensor", node.name)) for node in rounded.graph.nodes}
     sites = {path: _Compared(names[path], origins[path]) for path in exported.sites}
     logits = _Logits(origins[OUTPUT])
-    run = session(_with_outputs(rounded, exported), threads=threads)
+    run = load(_with_outputs(rounded, exported), runtime, threads=threads)
     outputs = [OUTPUT, *(f"{name}_seen" for name in exported.sites.values())]
     with _on_the_runtimes_inputs(rounded, sites):
         for images in _parts(batches, limit):
@@ -175,7 +178,8 @@ def compare(
             logits.add(rounded(images), torch.from_numpy(theirs))
     if not logits.images:
         raise ValueError("images: expected at least one image to compare, got none")
-    return Parity([*(site.row() for site in sites.values()), logits.row()], logits.images, logits.alike)
+    rows = [*(site.row() for site in sites.values()), logits.row()]
+    return Parity(rows, logits.images, logits.alike, runtime)
 
 
 def expect_parity(found: Parity) -> None:
@@ -186,12 +190,12 @@ def expect_parity(found: Parity) -> None:
     layer = f" (layer {wrong.layer})" if wrong.layer else ""
     if wrong.tensor == OUTPUT:
         what = (
-            f"expected the logits{layer} of runtime and student to be alike, got them {wrong.fault}; "
+            f"expected the logits{layer} of {found.runtime} and student to be alike, got them {wrong.fault}; "
             f"{found.images - found.alike} of {found.images} images are predicted otherwise"
         )
     else:
         what = (
-            f"expected the same integers from runtime and student up to ties, got them {wrong.fault}, at "
+            f"expected the same integers from {found.runtime} and student up to ties, got them {wrong.fault}, at "
             f"{wrong.tensor}{layer}, the first tensor that differs ({100 * wrong.share:.2g} % of its elements)"
         )
     raise ParityError(

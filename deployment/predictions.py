@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from deployment.onnx_export import INPUT, Exported
 from deployment.parity import ParityError, with_rounded_biases
-from deployment.runtime import session
+from deployment.runtime import Runtime, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,15 @@ class Predictions:
 
 @torch.no_grad()
 def predictions(
-    student: fx.GraphModule, exported: Exported, batches: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1
+    student: fx.GraphModule,
+    exported: Exported,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    threads: int = 1,
+    runtime: Runtime = "onnxruntime",
 ) -> Predictions:
     """Predictions of runtime and student on batches of normalised images (N, C, H, W) and labels (N,)."""
-    run = session(exported.model.SerializeToString(), threads=threads)
+    run = load(exported.model.SerializeToString(), runtime, threads=threads)
     rounded = with_rounded_biases(student, exported)
     count, right, alike = 0, [0, 0, 0], 0
     for images, labels in batches:
@@ -45,8 +50,8 @@ def predictions(
         alike, count = alike + int((answers[0] == answers[2]).sum()), count + len(labels)
     if not count:
         raise ValueError("images: expected at least one labelled image to predict, got none")
-    runtime, own, own_rounded, agreement = (100.0 * n / count for n in (*right, alike))
-    return Predictions(images=count, top1=runtime, student_top1=own, rounded_top1=own_rounded, agreement=agreement)
+    top1, own, own_rounded, agreement = (100.0 * n / count for n in (*right, alike))
+    return Predictions(images=count, top1=top1, student_top1=own, rounded_top1=own_rounded, agreement=agreement)
 
 
 def expect_same_top1(found: Predictions, tolerance: float | None) -> None:

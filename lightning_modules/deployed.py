@@ -13,7 +13,7 @@ from deployment.latency import Latency, LayerTime, OperatorTime, latencies, laye
 from deployment.latency_table import PairTime, latency_table
 from deployment.onnx_export import export_onnx
 from deployment.parity import TensorParity, compare, expect_parity
-from deployment.runtime import session
+from deployment.runtime import Runtime, session
 from deployment.whole_file import expect_no_folder
 from lightning_modules.saved_students import load_student_from
 from quantizers.layer import float_mode
@@ -33,11 +33,11 @@ class Measured(NamedTuple):
 
 
 def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -> tuple[Path, list[TensorParity]]:
-    """Writes the student of a run as ONNX and compares every tensor on noise; no data are needed.
+    """Writes the student of a run as ONNX and compares every tensor on noise, in each runtime; no data are needed.
 
     Args:
         folder: of the run.
-        chosen: container, opset, number of images, threads.
+        chosen: container, opset, number of images, threads, runtimes.
         output: None is `model.onnx` in the run's folder.
 
     Raises:
@@ -55,9 +55,10 @@ def export_saved(folder: Path, chosen: OnnxExport, output: Path | None = None) -
     with written_if_alike(exported, path):
         if chosen.compared:
             images = torch.randn(chosen.compared, *saved.input_size, generator=torch.Generator().manual_seed(0))
-            found = compare(saved.network, exported, [images], threads=chosen.threads)
-            expect_parity(found)
-            rows = found.rows
+            for runtime in chosen.runtimes:
+                found = compare(saved.network, exported, [images], threads=chosen.threads, runtime=runtime)
+                expect_parity(found)
+                rows += found.rows
     return path, rows
 
 
@@ -70,6 +71,7 @@ def measure_saved(
     seconds: float = 0.3,
     layers: bool = True,
     table: bool = False,
+    openvino: bool = False,
 ) -> Measured:
     """Times float network and student of a run in turns; the run's own `model.onnx` where there is one.
 
@@ -81,6 +83,7 @@ def measure_saved(
         seconds: length of a turn.
         layers: whether to time each layer by itself.
         table: whether to time each layer at every pair of widths.
+        openvino: whether to time both networks in OpenVINO as well; operators, layers and table are onnxruntime's.
 
     Raises:
         ValueError: see `load_student_from`; for a batch or a number of threads below 1, or an even number of rounds.
@@ -98,9 +101,10 @@ def measure_saved(
     models["quantized"] = quantized
     images = torch.randn(batch, *saved.input_size, generator=torch.Generator().manual_seed(0))
     network, size = saved.network, saved.input_size
+    runtimes: list[Runtime] = ["onnxruntime", "openvino"] if openvino else ["onnxruntime"]
     alike: Any = {"batch": batch, "threads": threads, "container": container}
     return Measured(
-        models=latencies(models, images, threads=threads, rounds=rounds, seconds=seconds),
+        models=latencies(models, images, runtimes=runtimes, threads=threads, rounds=rounds, seconds=seconds),
         bytes={name: len(model) for name, model in models.items()},
         operators=operator_times(models["quantized"], images, threads=threads),
         layers=layer_times(network, size, **alike) if layers else [],

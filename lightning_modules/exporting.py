@@ -15,7 +15,7 @@ from deployment.exports import FILE, OnnxExport, failed, written_if_alike
 from deployment.onnx_export import Exported
 from deployment.parity import ParityError, compare, expect_parity
 from deployment.predictions import expect_same_top1, predictions
-from deployment.runtime import require, session
+from deployment.runtime import Runtime, load, require
 from networks.teachers import Teacher
 from quantizers.layer import hardened_copy
 
@@ -32,13 +32,13 @@ def chosen_export(job: Job) -> OnnxExport | None:
     chosen = instantiate(job.cfg.get("export", {}))
     if not isinstance(chosen, OnnxExport):
         return None
-    for package in ("onnx", "onnxruntime"):
+    for package in ("onnx", *chosen.runtimes):
         require(package)
     return chosen
 
 
 def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> None:
-    """Write the freshly converted student in memory, before hours of work, and let the runtime load it.
+    """Write the freshly converted student in memory, before hours of work, and let the runtimes load it.
 
     Raises:
         ValueError: for an operator or a part that cannot be written, or a model that the runtime does not load.
@@ -49,13 +49,14 @@ def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> No
     exported = chosen.make(hardened_copy(student).cpu().eval(), teacher.input_size)
     if chosen.compared == 0:
         return
-    try:
-        session(exported.model.SerializeToString(), threads=chosen.threads)
-    except Exception as error:  # onnxruntime has a class for every reason
-        raise ValueError(
-            f"export: expected a model that the installed onnxruntime loads, which it refuses ({error}); choose "
-            "another export.container or export.opset, or export.compared=0 to write it without comparing"
-        ) from error
+    for runtime in chosen.runtimes:
+        try:
+            load(exported.model.SerializeToString(), runtime, threads=chosen.threads)
+        except Exception as error:  # onnxruntime has a class for every reason
+            raise ValueError(
+                f"export: expected a model that the installed {runtime} loads, which it refuses ({error}); choose "
+                "another export.container or export.opset, or export.compared=0 to write it without comparing"
+            ) from error
 
 
 def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: EvaluationData) -> None:
@@ -83,6 +84,9 @@ def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: Ev
             with written_if_alike(exported, job.folder / FILE):
                 if chosen.compared != 0:
                     verify(job, chosen, student, exported, data, found)
+                    if chosen.openvino:
+                        found["openvino"] = {}
+                        verify(job, chosen, student, exported, data, found["openvino"], "openvino")
         except ParityError:
             found["file"] = failed(job.folder / FILE).name
             raise
@@ -90,8 +94,11 @@ def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: Ev
             job.record.add(export=found)
     how = "not compared"
     if "top1" in found:
+        accuracies = [f"{found['top1']:.2f} in onnxruntime"]
+        if chosen.openvino:
+            accuracies.append(f"{found['openvino']['top1']:.2f} in OpenVINO")
         how = (
-            f"top-1 in onnxruntime {found['top1']:.2f} (student {found['student_top1']:.2f}), integers and predictions "
+            f"top-1 {', '.join(accuracies)} (student {found['student_top1']:.2f}), integers and predictions "
             f"of {found['compared']} images are the student's up to ties"
         )
     report.console.print(f"{FILE}: {found['bytes'] / 1024:.0f} KiB, {how}", highlight=False)
@@ -104,15 +111,17 @@ def verify(
     exported: Exported,
     data: EvaluationData,
     found: dict[str, Any],
+    runtime: Runtime = "onnxruntime",
 ) -> None:
     """Compare tensor by tensor, then count predictions; what is seen goes into `found`."""
     batches = (images for images, _ in data.test_dataloader())
-    parity = compare(student, exported, batches, limit=chosen.compared, threads=chosen.threads)
-    report.write_csv(job.folder / "parity.csv", report.as_rows(parity.rows))
+    parity = compare(student, exported, batches, limit=chosen.compared, threads=chosen.threads, runtime=runtime)
+    name = "parity.csv" if runtime == "onnxruntime" else f"parity_{runtime}.csv"
+    report.write_csv(job.folder / name, report.as_rows(parity.rows))
     worst = max(parity.rows, key=lambda row: (row.steps, row.share))
     found |= {"compared": parity.images, "alike": parity.alike, "logits_off": parity.rows[-1].relative}
     found["worst"] = asdict(worst)
     expect_parity(parity)
-    scores = predictions(student, exported, data.test_dataloader(), threads=chosen.threads)
+    scores = predictions(student, exported, data.test_dataloader(), threads=chosen.threads, runtime=runtime)
     found |= asdict(scores)
     expect_same_top1(scores, chosen.tolerance)

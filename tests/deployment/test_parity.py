@@ -15,9 +15,9 @@ from deployment.onnx_export import Exported, export_onnx
 from deployment.origins import origins_of
 from deployment.parity import Parity, ParityError, TensorParity, compare, expect_parity, with_rounded_biases
 from deployment.predictions import Predictions, expect_same_top1, predictions
-from deployment.runtime import session
+from deployment.runtime import load, session
 from quantizers.protocol import Protocol
-from tests.deployment.students import LAYER, SIZE, net, noise, student_of
+from tests.deployment.students import BLOCK, LAYER, SIZE, net, noise, student_of
 
 
 def constants(model: Any) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ def test_what_is_not_finite_is_no_agreement() -> None:
     exported = export_onnx(student, SIZE)
     replaced(exported, "fc.bias", np.full(5, np.nan))
     with pytest.raises(
-        ParityError, match=r"expected the logits \(layer fc\) of runtime and student to be alike.* inf of"
+        ParityError, match=r"expected the logits \(layer fc\) of onnxruntime and student to be alike.* inf of"
     ):
         expect_parity(compare(student, exported, [noise(2)]))
 
@@ -261,3 +261,30 @@ def test_a_convolution_in_integers_by_hand_is_the_runtimes(bits: tuple[int, int]
     factor = c["a.weight_scale"].astype(np.float32) * c["pool_scale"] / c["relu_scale"]
     y = np.rint(total.astype(np.float32) * factor[None, :, None, None]).astype(np.int64) + int(c["relu_zero_point"])
     assert np.array_equal(np.clip(y, 0, 2 ** bits[1] - 1), q_y)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("container", ["int8", "int4"])
+@pytest.mark.parametrize("protocol", [BLOCK, LAYER, POWERS])
+def test_openvino_computes_the_same(bits: tuple[int, int], container: Any, protocol: Protocol) -> None:
+    student = student_of(net(), bits, protocol=protocol, symmetric=True)
+    exported = export_onnx(student, SIZE, container=container)
+    found = compare(student, exported, [noise(40)], runtime="openvino")
+    expect_parity(found)
+    assert found.runtime == "openvino"
+    assert found.alike == 40
+    labels = torch.zeros(40, dtype=torch.long)
+    assert predictions(student, exported, [(noise(40), labels)], runtime="openvino").agreement == 100
+
+
+def test_a_mistake_is_found_in_openvino_and_named_so() -> None:
+    student = student_of(net(), (8, 8), protocol=LAYER, symmetric=True)
+    exported = export_onnx(student, SIZE, container="int8")
+    without_bias("a")(exported)
+    with pytest.raises(ParityError, match=r"same integers from openvino and student .* at relu \(layer a\)"):
+        expect_parity(compare(student, exported, [noise(40)], runtime="openvino"))
+
+
+def test_what_openvino_does_not_read_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"export\.openvino: expected a model that OpenVINO reads.*choose another"):
+        load(b"no model", "openvino")

@@ -14,7 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import commands
+from deployment.exports import OnnxExport
 from deployment.parity import Parity, TensorParity
+from lightning_modules.deployed import export_saved, measure_saved
 from run import run_job
 from tests.configuration import ROOT, SMALL, composed
 from tests.lightning_modules.canaries import pickled
@@ -39,13 +41,31 @@ def test_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert (props["container"], props["protocol"]) == ("int8", "onnxruntime")
 
 
+def test_export_compared_in_both_runtimes(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = OnnxExport(compared=4, openvino=True)
+    path, rows = export_saved(folder, chosen, tmp_path / "model.onnx")
+    assert path.exists()
+    assert [row.tensor for row in rows].count("logits") == 2
+    seen = []
+    monkeypatch.setattr("commands.export_saved", lambda *given: seen.append(given) or (path, rows))
+    called(monkeypatch, "export", str(folder), "--openvino", "--compared", "4")
+    assert seen == [(folder, chosen, None)]
+
+
 def test_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     called(monkeypatch, "benchmark", str(folder), "--rounds", "1")
     assert "speedup" in capsys.readouterr().out
     rows = list(csv.DictReader((folder / "latency.csv").read_text().splitlines()))
-    assert [row["model"] for row in rows] == ["float", "quantized"]
+    assert [(row["runtime"], row["model"]) for row in rows] == [("onnxruntime", "float"), ("onnxruntime", "quantized")]
     assert (folder / "layers.csv").exists()
     assert (folder / "operators.csv").exists()
+
+
+def test_benchmark_in_both_runtimes(folder: Path) -> None:
+    found = measure_saved(folder, rounds=1, seconds=0.01, layers=False, openvino=True).models
+    assert [(row.runtime, row.model) for row in found] == [
+        ("onnxruntime", "float"), ("onnxruntime", "quantized"), ("openvino", "float"), ("openvino", "quantized"),
+    ]  # fmt: skip
 
 
 def test_evaluate_is_the_main_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +181,9 @@ def test_a_model_that_is_not_the_student_ends_in_one_line(copy: Path, monkeypatc
     found = Parity([TensorParity(tensor="relu", layer="stem", elements=10, steps=7.0, share=0.5)], images=1, alike=1)
     monkeypatch.setattr("lightning_modules.deployed.compare", lambda *_, **__: found)
     said = message(monkeypatch, "export", str(copy))
-    assert said.startswith("calibrant export: export: expected the same integers from runtime and student up to ties")
+    assert said.startswith(
+        "calibrant export: export: expected the same integers from onnxruntime and student up to ties"
+    )
     assert "got them 7 steps apart, where 1 is a tie, at relu (layer stem)" in said
     assert said.endswith(f"the file is kept as {copy / 'model.failed.onnx'}, not as model.onnx")
 

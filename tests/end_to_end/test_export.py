@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deployment.parity import ParityError
+from deployment.parity import Parity, ParityError, compare
 from deployment.predictions import Predictions
 from lightning_modules.exporting import expect_exportable
 from lightning_modules.job import open_job
@@ -22,6 +23,7 @@ from networks.teachers import Teacher, load_teacher
 from run import make_student, run_job
 from tests.configuration import SMALL, composed, options
 
+PARITY_FILES = ("parity.csv", "parity_openvino.csv")
 QUICK = [*SMALL, "calibration=noise", "reconstruction=none", "weight=nearest", "activation=fixed"]
 
 
@@ -45,6 +47,27 @@ def test_a_run_leaves_a_model_that_a_runtime_agrees_with(tmp_path: Path) -> None
     rows = list(csv.DictReader((tmp_path / "parity.csv").read_text().splitlines()))
     assert [rows[0]["tensor"], rows[-1]["tensor"]] == ["relu", "logits"]
     assert [rows[0]["layer"], rows[-1]["layer"]] == ["conv1", "linear"]
+
+
+def test_a_second_runtime_has_to_agree_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "alike"))
+    export = json.loads((tmp_path / "alike" / "record.json").read_text())["export"]
+    assert export["openvino"].keys() == export.keys() - {"file", "container", "bytes", "float_biases", "openvino"}
+    assert (export["openvino"]["compared"], export["openvino"]["alike"]) == (64, 64)
+    assert export["openvino"]["agreement"] == 100
+    first, second = ((tmp_path / "alike" / name).read_text().splitlines() for name in PARITY_FILES)
+    assert [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
+
+    def off(*arguments: Any, **settings: Any) -> Parity:
+        found = compare(*arguments, **settings)
+        rows = [replace(row, steps=2.0) for row in found.rows] if found.runtime == "openvino" else found.rows
+        return found._replace(rows=rows)
+
+    monkeypatch.setattr("lightning_modules.exporting.compare", off)
+    with pytest.raises(ParityError, match="same integers from openvino and student"):
+        run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "off"))
+    assert not (tmp_path / "off" / "model.onnx").exists()
+    assert (tmp_path / "off" / "model.failed.onnx").exists()
 
 
 @pytest.mark.parametrize(("compared", "count"), [("null", 64), ("10", 10)])
@@ -135,10 +158,18 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
     def refused(*_: Any, **__: Any) -> None:
         raise RuntimeError("opset 25 is under development")
 
-    monkeypatch.setattr("lightning_modules.exporting.session", refused)
+    monkeypatch.setattr("lightning_modules.exporting.load", refused)
     with pytest.raises(ValueError, match=r"which it refuses \(opset 25 is under development\); choose another"):
         run_job(composed([*QUICK, "export=onnx"], tmp_path / "runtime"))
-    for name in ("onnx", "runtime"):
+    monkeypatch.undo()
+    monkeypatch.setattr("deployment.runtime.OpenVINOModel", refused)
+    with pytest.raises(ValueError, match=r"installed openvino loads, which it refuses .*another export\.container"):
+        run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "second"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match=r"the package openvino, .*pip install calibrant\[openvino\]"):
+        run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "missing"))
+    monkeypatch.undo()
+    for name in ("onnx", "runtime", "second"):
         assert set(json.loads((tmp_path / name / "record.json").read_text())["stages"]) == {"teacher", "convert"}
     run_job(composed([*QUICK, "export=onnx", "export.compared=0"], tmp_path / "unchecked"))
     assert (tmp_path / "unchecked" / "model.onnx").exists()
