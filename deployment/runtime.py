@@ -15,6 +15,9 @@ Runtime = Literal["onnxruntime", "openvino"]
 # On x86 without VNNI, sums of two products of unsigned and signed bytes saturate at 16 bits. With this, weights of more
 # than 7 bits become unsigned instead, which is exact and on other processors needlessly slow.
 EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
+# onnxruntime (1.32) makes integer layers of 2-bit weights, for which it has no kernels, and refuses them. With this
+# they are computed in float, as the file says.
+WITHOUT_FUSION = ("session.disable_quant_qdq", "1")
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = {  # name -> flag, best first
     "amx": "amx_int8",
@@ -100,8 +103,22 @@ def session(
         options.optimized_model_filepath = str(optimized)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if has_two_bits(model):
+        options.add_session_config_entry(*WITHOUT_FUSION)
     source = model if isinstance(model, bytes) else str(model)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def has_two_bits(model: Path | bytes) -> bool:
+    """Whether an ONNX model, a file or serialized, has weights in 2-bit integers; False for what is no such model."""
+    onnx = require("onnx")
+    kinds = {getattr(onnx.TensorProto, name, None) for name in ("INT2", "UINT2")}  # as of onnx 1.20
+    read = onnx.ModelProto()
+    try:
+        read.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
+    except (OSError, require("google.protobuf.message").DecodeError):
+        return False
+    return any(tensor.data_type in kinds for tensor in read.graph.initializer)
 
 
 class OpenVINOModel:

@@ -31,6 +31,16 @@ def test_a_run_gives_its_row_and_those_of_its_layers(tmp_path: Path) -> None:
     assert row["instructions"] == layers[0]["instructions"]
 
 
+def test_a_run_compared_in_openvino_says_so(tmp_path: Path) -> None:
+    small = [*SMALL, "calibration=noise", "reconstruction=none", "protocol=onnxruntime", "bits=w8a8"]
+    run_job(composed([*small, "export=onnx", "export.openvino=true"], tmp_path))
+    row, _ = rows_of(tmp_path, argparse.Namespace(batch=1, threads=1, rounds=1, layers=False))
+    assert (row["compared"], row["alike"], row["openvino_alike"], row["openvino_agreement"]) == (64, 64, 64, 100)
+    assert row["openvino_ms"] > 0 < row["openvino_speedup"]
+    assert max(row["worst_share"], row["openvino_share"]) < 1e-3
+    assert max(row["logits_off"], row["openvino_logits_off"]) < 1e-5
+
+
 def test_what_is_measured_again_is_replaced() -> None:
     row = dict.fromkeys(SAME, "a") | {"speedup": 1}
     other = row | {"container": "b"}

@@ -19,8 +19,9 @@ from deployment.parity import compare, expect_parity, with_rounded_biases
 from deployment.runtime import require, session
 from quantizers.adaround import AdaRound
 from quantizers.layer import ActivationSite, float_mode, quantized_layers
+from quantizers.protocol import Protocol
 from quantizers.ranges import MinMax
-from tests.deployment.students import LAYER, SIZE, net, noise, student_of
+from tests.deployment.students import BLOCK, LAYER, SIZE, net, noise, student_of
 
 
 def run(model: Any, images: Tensor) -> Tensor:
@@ -38,10 +39,13 @@ def fused(model: Any, folder: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4), (2, 2), (3, 5), (8, 32), (32, 8), (6, 12)])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4), (2, 2), (2, 4), (2, 8), (3, 5), (8, 32), (32, 8), (6, 12)])
 @pytest.mark.parametrize("container", ["int8", "int4", "int2", "auto"])
-def test_every_tensor_is_within_a_step(container: Any, bits: tuple[int, int], symmetric: bool) -> None:
-    student = student_of(net(), bits, symmetric=symmetric)
+@pytest.mark.parametrize("protocol", [BLOCK, LAYER])
+def test_every_tensor_is_within_a_step(
+    container: Any, bits: tuple[int, int], symmetric: bool, protocol: Protocol
+) -> None:
+    student = student_of(net(), bits, protocol=protocol, symmetric=symmetric)
     found = compare(student, export_onnx(student, SIZE, container=container), [noise(7)])
     expect_parity(found)
     rows = found.rows
