@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -120,16 +121,25 @@ def test_unknown_names_and_numbers_are_refused() -> None:
         solve_uniformly(resources, {"sensitivity": 0.0}, [[(2, 2), (3, 3)]][:0])
 
 
-def test_cbc_agrees_or_says_what_it_needs() -> None:
-    if importlib.util.find_spec("pulp") is None:
-        with pytest.raises(ValueError, match="pip install pulp"):
-            CBC()
-        return
-    rng = np.random.default_rng(3)
+@pytest.mark.parametrize("seed", range(5))
+def test_cbc_agrees(seed: int) -> None:
+    rng = np.random.default_rng(seed)
     resources = resources_of(rng, 6, 4, 2, borders=True)
     budgets = {name: resources[name].amount([2] * 6) for name in ("cost0", "cost1")}
     with_cbc, with_highs = (solve(resources, budgets, solver=solver)[0] for solver in (CBC(), HiGHS()))
     assert with_cbc.amounts["sensitivity"] == pytest.approx(with_highs.amounts["sensitivity"], rel=1e-4)
+    least = {"cost0": min(resources["cost0"].amount(c) for c in itertools.product(range(4), repeat=6)) - 1e-3}
+    with pytest.raises(ValueError, match="cost0"):
+        solve(resources, least, solver=CBC())
+
+
+@pytest.mark.parametrize(("package", "missing"), [("pulp", "PuLP"), ("cbcbox", "CBC")])
+def test_without_cbc_the_remedy_is_named(package: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("pulp.PULP_CBC_CMD", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=rf"expected {missing} to be installed.*pip install calibrant\[cbc\]"):
+        CBC()
 
 
 @pytest.mark.parametrize("changes", [0, 1, 2, 4])
