@@ -6,7 +6,7 @@ those that quantization has broken, many of them, and as many become right as wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from deployment.onnx_export import INPUT, Exported
 from deployment.parity import ParityError, with_rounded_biases
-from deployment.runtime import Runtime, load
+from deployment.runtime import Loaded, Runtime, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +37,36 @@ def predictions(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     threads: int = 1,
-    runtime: Runtime = "onnxruntime",
-) -> Predictions:
-    """Predictions of runtime and student on batches of normalised images (N, C, H, W) and labels (N,)."""
-    run = load(exported.model.SerializeToString(), runtime, threads=threads)
+    runtimes: Sequence[Runtime] = ("onnxruntime",),
+) -> dict[Runtime, Predictions]:
+    """Predictions of each runtime and of the student on batches of normalised images (N, C, H, W) and labels (N,)."""
+    model = exported.model.SerializeToString()
+    loaded: dict[Runtime, Loaded] = {runtime: load(model, runtime, threads=threads) for runtime in runtimes}
     rounded = with_rounded_biases(student, exported)
-    count, right, alike = 0, [0, 0, 0], 0
+    right: dict[str, int] = dict.fromkeys(("student", "rounded", *runtimes), 0)
+    alike: dict[Runtime, int] = dict.fromkeys(runtimes, 0)
+    count = 0
     for images, labels in batches:
-        theirs = torch.from_numpy(run.run(None, {INPUT: images.numpy()})[0]).argmax(1)
-        answers = [theirs, student(images).argmax(1), rounded(images).argmax(1)]
-        right = [n + int((answer == labels).sum()) for n, answer in zip(right, answers, strict=True)]
-        alike, count = alike + int((answers[0] == answers[2]).sum()), count + len(labels)
+        answers = {"student": student(images).argmax(1), "rounded": rounded(images).argmax(1)}
+        for runtime, run in loaded.items():
+            answers[runtime] = torch.from_numpy(run.run(None, {INPUT: images.numpy()})[0]).argmax(1)
+            alike[runtime] += int((answers[runtime] == answers["rounded"]).sum())
+        for name, answer in answers.items():
+            right[name] += int((answer == labels).sum())
+        count += len(labels)
     if not count:
         raise ValueError("images: expected at least one labelled image to predict, got none")
-    top1, own, own_rounded, agreement = (100.0 * n / count for n in (*right, alike))
-    return Predictions(images=count, top1=top1, student_top1=own, rounded_top1=own_rounded, agreement=agreement)
+    own, own_rounded = (100.0 * right[name] / count for name in ("student", "rounded"))
+    return {
+        runtime: Predictions(
+            images=count,
+            top1=100.0 * right[runtime] / count,
+            student_top1=own,
+            rounded_top1=own_rounded,
+            agreement=100.0 * alike[runtime] / count,
+        )
+        for runtime in runtimes
+    }
 
 
 def expect_same_top1(found: Predictions, tolerance: float | None) -> None:

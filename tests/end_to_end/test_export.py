@@ -101,7 +101,7 @@ def test_a_run_fails_where_the_runtime_disagrees(tmp_path: Path, monkeypatch: py
 
 def test_a_tolerance_of_top1_fails_a_run_where_one_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = Predictions(images=64, top1=0.0, student_top1=90.0, rounded_top1=90.0, agreement=0.0)
-    monkeypatch.setattr("lightning_modules.exporting.predictions", lambda *_, **__: far)
+    monkeypatch.setattr("lightning_modules.exporting.predictions", lambda *_, **__: {"onnxruntime": far})
     run_job(composed([*QUICK, "export=onnx"], tmp_path / "reported"))
     assert json.loads((tmp_path / "reported" / "record.json").read_text())["export"]["top1"] == 0.0
     with pytest.raises(ParityError, match=r"export\.tolerance: .* 90\.00, within 0\.1 points, got 0\.00"):
