@@ -3,7 +3,7 @@
 calibrant [overrides]                 the main job, as `python run.py`
 calibrant export <run folder>         model.onnx beside the student, compared with it tensor by tensor
 calibrant evaluate <run folder>       score the student again, without calibrating
-calibrant benchmark <run folder>      bytes and latency, float against quantized, in onnxruntime
+calibrant benchmark <run folder>      bytes and latency, float against quantized, in onnxruntime and OpenVINO
 calibrant report <sweep folder>       table, plots and report.html of a sweep, also while it runs
 calibrant verify <record.json>        run it again and compare every metric bitwise
 calibrant compare <a> <b>             differences of two runs or two sweeps
@@ -32,7 +32,7 @@ from lightning_modules.run_folders import one_line
 
 def export(arguments: Sequence[str]) -> None:
     """`calibrant export`."""
-    parser = _parser("export", "Write the student of a run as ONNX and compare it in onnxruntime.")
+    parser = _parser("export", "Write the student of a run as ONNX and compare it in its runtimes.")
     parser.add_argument("--container", choices=get_args(Container), default="auto", help="see docs/deployment.md")
     parser.add_argument("--opset", type=int, help="the lowest that has the container's types if left out")
     parser.add_argument("--compared", type=int, default=64, help="noise images to compare on; 0: do not compare")
@@ -67,7 +67,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def benchmark(arguments: Sequence[str]) -> None:
     """`calibrant benchmark`."""
-    parser = _parser("benchmark", "Time float network and student in onnxruntime, in turns, warm, medians.")
+    parser = _parser("benchmark", "Time float network and student in their runtimes, in turns, warm, medians.")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--threads", type=int, default=1, help="inside an operator")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each model, an odd number")

@@ -107,7 +107,12 @@ class CBC:
         if pulp.LpStatus[problem.status] == "Infeasible":
             return None
         if pulp.LpStatus[problem.status] != "Optimal":
-            raise RuntimeError(f"integer program: CBC ends with {pulp.LpStatus[problem.status]}")
+            raise RuntimeError(
+                f"integer program: CBC ends with {pulp.LpStatus[problem.status]}; give it more time with "
+                "allocation.method.solver.time_limit"
+            )
+        if problem.sol_status != pulp.LpSolutionOptimal:
+            log.warning("integer program: CBC ran out of time; the best solution so far is used")
         return np.array([variable.value() or 0.0 for variable in variables])
 
 

@@ -23,7 +23,7 @@ from deployment.whole_file import whole_file
 
 PACKAGES = (
     "calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy", "onnx",
-    "onnxruntime",
+    "onnxruntime", "openvino", "pulp", "cbcbox",
 )  # fmt: skip
 
 # What says where and how a run is watched, not what it computes.
@@ -104,8 +104,16 @@ def config_hash(named_by: Mapping[str, Any]) -> str:
 
 
 def has_export(record: Mapping[str, Any], export: Mapping[str, Any] | None) -> bool:
-    """Whether the run of a record wrote for other runtimes what this setting asks for; the hash leaves that out."""
-    return not export or digest(record.get("config", {}).get("export") or {}) == digest(export)
+    """Whether the run of a record wrote for other runtimes what this setting asks for; the hash leaves that out.
+
+    A switch that is off counts as one that was not there yet when the run was made.
+    """
+    wrote = record.get("config", {}).get("export") or {}
+    return not export or _without_off(wrote) == _without_off(export)
+
+
+def _without_off(export: Mapping[str, Any]) -> str:
+    return digest({key: value for key, value in export.items() if value is not False})
 
 
 def digest(value: Any) -> str:

@@ -26,7 +26,9 @@ TABLES = {
     "units.csv": "reconstruction/units",
     "sensitivities.csv": "allocation/sensitivities",
     "parity.csv": "export/parity",
+    "parity_openvino.csv": "export/parity_openvino",
 }
+PARITY_FILES = ("parity.csv", "parity_openvino.csv")
 BARS = {"units.csv": ("reconstruction/errors", "unit", "error_hard")}  # drawn by W&B itself: key, labels, values
 STUDENT = ("student.safetensors", "record.json", "allocation.yaml", ".hydra/config.yaml")  # what loads it again
 METHODS = ("pipeline", "distillation", "reconstruction", "weight")  # the first that is chosen names the job's type
@@ -183,7 +185,7 @@ def students(run_id: str, folder: Path, facts: Mapping[str, Any]) -> list[wandb.
         "data_free": facts.get("data_free"),
     }
     found = []
-    for kind, files in (("student", STUDENT), ("onnx", ("model.onnx", "parity.csv"))):
+    for kind, files in (("student", STUDENT), ("onnx", ("model.onnx", *PARITY_FILES))):
         if (folder / files[0]).exists():
             artifact = wandb.Artifact(f"{kind}-{run_id}", type="model", metadata=dict(metadata))
             _add(artifact, folder, files)

@@ -3,7 +3,7 @@
 | container | weights up to 4 bits | activations up to 4 bits | meant for |
 |---|---|---|---|
 | int4 | INT4, UINT4 | UINT4 | NPUs, archives: the smallest file; CPUs compute it in float |
-| int2 | as int4, up to 2 bits INT2, UINT2 | UINT4 | the same, opset 25 |
+| int2 | as int4, up to 2 bits INT2, UINT2 | UINT4 | archives, opset 25; onnxruntime computes all of it in float |
 | int8 | INT8 | UINT8, then an integer Min | CPUs with integer kernels |
 | auto | INT8 where input and output are quantized, else as int4 | as int8 | CPUs: as fast, and smaller |
 

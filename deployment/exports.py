@@ -43,6 +43,13 @@ class OnnxExport:
             raise ValueError(f"export.compared: expected a number of images, or null for all, got {self.compared}")
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"export.tolerance: expected points of top-1, or null for any, got {self.tolerance}")
+        if not isinstance(self.openvino, bool):
+            raise ValueError(f"export.openvino: expected true or false, got {self.openvino!r}")
+        if self.openvino and self.compared == 0:
+            raise ValueError(
+                "export.openvino (--openvino): expected images to compare on, got export.compared=0 (--compared 0); "
+                "choose 256, or leave OpenVINO out"
+            )
         if self.threads < 1:
             raise ValueError(f"export.threads: expected at least 1, got {self.threads}")
 

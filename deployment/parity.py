@@ -101,6 +101,11 @@ class _Compared:
         quantizer, (x,) = site.quantizer, inputs
         q, scale, zero_point = quantizer.integers(x)
         grid = quantizer.grid
+        if self.seen.shape != q.shape:
+            raise ParityError(
+                f"export: expected a tensor of shape {tuple(q.shape)} from the runtime, got {self.seen.shape}, at "
+                f"{self.tensor} (layer {self.origin.layer}), the first tensor that differs"
+            )
         theirs = torch.from_numpy(self.seen.astype("int32")) + grid.low
         apart = q != theirs
         self.bits, self.elements = grid.bits, self.elements + q.numel()
@@ -127,10 +132,12 @@ class _Logits:
         self.off, self.largest = 0.0, 1e-12
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
-        off = float((ours - theirs).abs().max()) if bool(torch.isfinite(theirs).all()) else float("inf")
+        comparable = ours.shape == theirs.shape and bool(torch.isfinite(theirs).all())
+        off = float((ours - theirs).abs().max()) if comparable else float("inf")
         self.off, self.largest = max(self.off, off), max(self.largest, float(ours.abs().max()))
         self.images, self.elements = self.images + len(ours), self.elements + ours.numel()
-        self.alike += int((ours.argmax(1) == theirs.argmax(1)).reshape(len(ours), -1).all(1).sum())
+        if ours.shape == theirs.shape:
+            self.alike += int((ours.argmax(1) == theirs.argmax(1)).reshape(len(ours), -1).all(1).sum())
 
     def row(self) -> TensorParity:
         layer, layers = self.origin

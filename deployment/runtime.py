@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,7 +17,7 @@ Runtime = Literal["onnxruntime", "openvino"]
 # than 7 bits become unsigned instead, which is exact and on other processors needlessly slow.
 EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
 # onnxruntime (1.32) makes integer layers of 2-bit weights, for which it has no kernels, and refuses them. With this
-# they are computed in float, as the file says.
+# everything is computed in float, as the file says.
 WITHOUT_FUSION = ("session.disable_quant_qdq", "1")
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = {  # name -> flag, best first
@@ -29,8 +30,8 @@ INSTRUCTIONS = {  # name -> flag, best first
 
 
 # Left to itself OpenVINO computes in bfloat16 where the processor has it, and in linear layers with integer weights it
-# quantizes the inputs anew at every call, by ranges of its own: logits are off by 0.8 % of their largest.
-OPENVINO_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
+# quantizes float inputs anew at every call, by ranges of its own.
+OPENVINO_EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
 EXTRAS = {"openvino": "openvino"}  # package -> what brings it, where that is not `export`
 
 
@@ -103,22 +104,20 @@ def session(
         options.optimized_model_filepath = str(optimized)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if has_two_bits(model):
+    if container_of(model) == "int2":
         options.add_session_config_entry(*WITHOUT_FUSION)
     source = model if isinstance(model, bytes) else str(model)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def has_two_bits(model: Path | bytes) -> bool:
-    """Whether an ONNX model, a file or serialized, has weights in 2-bit integers; False for what is no such model."""
-    onnx = require("onnx")
-    kinds = {getattr(onnx.TensorProto, name, None) for name in ("INT2", "UINT2")}  # as of onnx 1.20
-    read = onnx.ModelProto()
+def container_of(model: Path | bytes) -> str | None:
+    """The container that an ONNX model, a file or serialized, says it was written in; None where it says none."""
+    read = require("onnx").ModelProto()
     try:
         read.ParseFromString(model if isinstance(model, bytes) else Path(model).read_bytes())
     except (OSError, require("google.protobuf.message").DecodeError):
-        return False
-    return any(tensor.data_type in kinds for tensor in read.graph.initializer)
+        return None  # who runs it will say why it is no model
+    return next((entry.value for entry in read.metadata_props if entry.key == "container"), None)
 
 
 class OpenVINOModel:
@@ -129,26 +128,35 @@ class OpenVINOModel:
         threads: inside an operator.
 
     Raises:
-        ValueError: for a model that it does not read or compile, such as one of 2-bit integers.
+        ValueError: for a model that it does not read or compile, such as one of 2-bit integers, or cannot run.
     """
 
     def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
         core = require("openvino").Core()
-        try:
+        with _heeded("reads"):
             read = core.read_model(model, b"") if isinstance(model, bytes) else core.read_model(str(model))
             self._compiled = core.compile_model(read, "CPU", OPENVINO_EXACT | {"INFERENCE_NUM_THREADS": threads})
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"export.openvino: expected a model that OpenVINO reads, which it refuses ({reason}); choose "
-                "another export.container, or export.openvino=false"
-            ) from error
-        self._request = self._compiled.create_infer_request()
+            self._request = self._compiled.create_infer_request()
 
     def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any], /) -> list[Any]:
         """The named outputs, or all in their order, as arrays; `inputs` by name."""
-        found = self._request.infer(dict(inputs), share_inputs=True)
+        with _heeded("runs"):
+            found = self._request.infer(dict(inputs), share_inputs=True)
         return [found[key] for key in (self._compiled.outputs if outputs is None else outputs)]
+
+
+@contextmanager
+def _heeded(does: str) -> Iterator[None]:
+    """OpenVINO's own errors, which are of no class of theirs, as one that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"openvino: expected a model that OpenVINO {does}, which it refuses ({reason}); "
+            "choose another container (export.container, --container), or leave OpenVINO out (export.openvino=false, "
+            "no --openvino)"
+        ) from error
 
 
 def load(model: Path | bytes, runtime: Runtime = "onnxruntime", *, threads: int = 1) -> Loaded:

@@ -13,7 +13,7 @@ from deployment.latency import Latency, LayerTime, OperatorTime, latencies, laye
 from deployment.latency_table import PairTime, latency_table
 from deployment.onnx_export import export_onnx
 from deployment.parity import TensorParity, compare, expect_parity
-from deployment.runtime import Runtime, session
+from deployment.runtime import Runtime, container_of
 from deployment.whole_file import expect_no_folder
 from lightning_modules.saved_students import load_student_from
 from quantizers.layer import float_mode
@@ -115,6 +115,4 @@ def measure_saved(
 
 def _container(model: bytes | None) -> Container:
     """That which the model says it was written in."""
-    if model is None:
-        return "auto"
-    return cast(Container, session(model).get_modelmeta().custom_metadata_map.get("container", "auto"))
+    return cast(Container, (container_of(model) if model else None) or "auto")

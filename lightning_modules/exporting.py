@@ -22,6 +22,8 @@ from quantizers.layer import hardened_copy
 if TYPE_CHECKING:
     from lightning_modules.job import Job
 
+PARITY: dict[Runtime, str] = {"onnxruntime": "parity.csv", "openvino": "parity_openvino.csv"}
+
 
 def chosen_export(job: Job) -> OnnxExport | None:
     """What `export` asks for; None where nothing is exported.
@@ -41,7 +43,7 @@ def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> No
     """Write the freshly converted student in memory, before hours of work, and let the runtimes load it.
 
     Raises:
-        ValueError: for an operator or a part that cannot be written, or a model that the runtime does not load.
+        ValueError: for an operator or a part that cannot be written, or a model that a runtime does not load.
     """
     chosen = chosen_export(job)
     if chosen is None:
@@ -49,9 +51,12 @@ def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> No
     exported = chosen.make(hardened_copy(student).cpu().eval(), teacher.input_size)
     if chosen.compared == 0:
         return
+    model = exported.model.SerializeToString()
     for runtime in chosen.runtimes:
         try:
-            load(exported.model.SerializeToString(), runtime, threads=chosen.threads)
+            load(model, runtime, threads=chosen.threads)
+        except ValueError:
+            raise
         except Exception as error:  # onnxruntime has a class for every reason
             raise ValueError(
                 f"export: expected a model that the installed {runtime} loads, which it refuses ({error}); choose "
@@ -80,6 +85,8 @@ def export_student(job: Job, teacher: Teacher, student: fx.GraphModule, data: Ev
         exported = chosen.make(student, teacher.input_size, facts)
         found = {"file": FILE, "container": chosen.container, "bytes": len(exported.model.SerializeToString())}
         found["float_biases"] = exported.float_biases
+        for name in PARITY.values():  # of an earlier export into this folder
+            (job.folder / name).unlink(missing_ok=True)
         try:
             with written_if_alike(exported, job.folder / FILE):
                 if chosen.compared != 0:
@@ -110,14 +117,12 @@ def verify(
     found: dict[str, Any],
 ) -> None:
     """Compare tensor by tensor, then count predictions; what is seen goes into `found`, of OpenVINO below its name."""
-    facts: dict[Runtime, dict[str, Any]] = {
-        runtime: found if runtime == "onnxruntime" else found.setdefault(runtime, {}) for runtime in chosen.runtimes
-    }
-    for runtime, seen in facts.items():
+    facts: dict[Runtime, dict[str, Any]] = {}
+    for runtime in chosen.runtimes:
+        seen = facts[runtime] = found if runtime == "onnxruntime" else found.setdefault(runtime, {})
         batches = (images for images, _ in data.test_dataloader())
         parity = compare(student, exported, batches, limit=chosen.compared, threads=chosen.threads, runtime=runtime)
-        name = "parity.csv" if runtime == "onnxruntime" else f"parity_{runtime}.csv"
-        report.write_csv(job.folder / name, report.as_rows(parity.rows))
+        report.write_csv(job.folder / PARITY[runtime], report.as_rows(parity.rows))
         worst = max(parity.rows, key=lambda row: (row.steps, row.share))
         seen |= {"compared": parity.images, "alike": parity.alike, "logits_off": parity.rows[-1].relative}
         seen["worst"] = asdict(worst)

@@ -7,6 +7,7 @@ import re
 import sys
 
 import numpy as np
+import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,19 @@ def test_cbc_agrees(seed: int) -> None:
     least = {"cost0": min(resources["cost0"].amount(c) for c in itertools.product(range(4), repeat=6)) - 1e-3}
     with pytest.raises(ValueError, match="cost0"):
         solve(resources, least, solver=CBC())
+
+
+def test_cbc_out_of_time_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    finished = pulp.LpProblem.solve
+
+    def interrupted(problem: pulp.LpProblem, solver: object) -> int:
+        status = finished(problem, solver)
+        problem.sol_status = pulp.LpSolutionIntegerFeasible
+        return status
+
+    monkeypatch.setattr(pulp.LpProblem, "solve", interrupted)
+    solve({"sensitivity": additive([[1.0, 0.0]])}, {}, solver=CBC())
+    assert "CBC ran out of time" in caplog.text
 
 
 @pytest.mark.parametrize(("package", "missing"), [("pulp", "PuLP"), ("cbcbox", "CBC")])

@@ -71,6 +71,9 @@ def test_a_record_with_the_export_that_is_asked_for_counts(tmp_path: Path) -> No
     assert recognise([wanted], records) == {0: "1"}
     assert [wanted.is_done(records[name]) for name in "01"] == [False, True]
     assert recognise([PlannedJob("a", [], "dsg40")], records) == {0: "0"}
+    switch = {"container": "int8", "openvino": False}  # an option that the record is older than
+    assert PlannedJob("a", [], "dsg40", export=switch).is_done(records["1"])
+    assert not PlannedJob("a", [], "dsg40", export=switch | {"openvino": True}).is_done(records["1"])
 
 
 def test_the_finished_one_of_two_records_counts() -> None:

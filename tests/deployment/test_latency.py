@@ -11,7 +11,7 @@ from deployment.latency import latencies, layer_times, operator_times
 from deployment.onnx_export import export_onnx
 from deployment.runtime import has_vnni, instructions
 from quantizers.layer import float_mode
-from tests.deployment.students import SIZE, net, noise, student_of
+from tests.deployment.students import LAYER, SIZE, net, noise, student_of
 
 
 def test_models_are_timed_in_turns_and_against_the_first() -> None:
@@ -104,3 +104,12 @@ def test_processors_are_named_by_their_widest_instructions(monkeypatch: pytest.M
     }.items():
         file.write_text(f"flags\t\t: {flags}\n")
         assert instructions() == expected
+
+
+def test_in_2_bit_models_layers_alone_are_as_in_the_whole() -> None:
+    """One such layer keeps onnxruntime from fusing any."""
+    student = student_of(net(), (2, 8), protocol=LAYER, symmetric=True)
+    kernels = {row.kernel for row in layer_times(student, SIZE, container="int2", calls=4)}
+    whole = export_onnx(student, SIZE, container="int2").model.SerializeToString()
+    assert not any("QLinear" in row.operator for row in operator_times(whole, noise(1), calls=4))
+    assert not any("QLinear" in kernel for kernel in kernels)

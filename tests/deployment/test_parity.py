@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from deployment.onnx_export import Exported, export_onnx
 from deployment.origins import origins_of
 from deployment.parity import Parity, ParityError, TensorParity, compare, expect_parity, with_rounded_biases
 from deployment.predictions import Predictions, expect_same_top1, predictions
-from deployment.runtime import load, session
+from deployment.runtime import OpenVINOModel, load, session
 from quantizers.protocol import Protocol
 from tests.deployment.students import BLOCK, LAYER, SIZE, net, noise, student_of
 
@@ -287,6 +288,25 @@ def test_a_mistake_is_found_in_openvino_and_named_so() -> None:
         expect_parity(compare(student, exported, [noise(40)], runtime="openvino"))
 
 
+def test_openvino_leaves_float_inputs_of_integer_layers_float() -> None:
+    """Left to itself it quantizes them, where there are some dozens."""
+    network = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 40))
+    student = student_of(network, (8, 8), protocol=BLOCK, symmetric=True)
+    found = compare(student, export_onnx(student, SIZE, container="int8"), [noise(40)], runtime="openvino")
+    expect_parity(found)
+
+
+def test_a_tensor_of_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Empty(OpenVINOModel):
+        def run(self, *arguments: Any) -> list[Any]:
+            return [found[:0] for found in super().run(*arguments)]
+
+    monkeypatch.setattr("deployment.runtime.OpenVINOModel", Empty)
+    student = student_of(net(), (8, 8), protocol=LAYER, symmetric=True)
+    with pytest.raises(ParityError, match=r"got \(0, 3, 8, 8\), at x .*the first tensor that differs"):
+        compare(student, export_onnx(student, SIZE, container="int8"), [noise(4)], runtime="openvino")
+
+
 def test_what_openvino_does_not_read_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"export\.openvino: expected a model that OpenVINO reads.*choose another"):
+    with pytest.raises(ValueError, match=r"openvino: expected a model that OpenVINO reads.*choose another"):
         load(b"no model", "openvino")

@@ -57,6 +57,8 @@ def test_a_second_runtime_has_to_agree_as_well(tmp_path: Path, monkeypatch: pyte
     assert export["openvino"]["agreement"] == 100
     first, second = ((tmp_path / "alike" / name).read_text().splitlines() for name in PARITY_FILES)
     assert [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
+    run_job(composed([*QUICK, "export=onnx"], tmp_path / "alike"))
+    assert [(tmp_path / "alike" / name).exists() for name in PARITY_FILES] == [True, False]
 
     def off(*arguments: Any, **settings: Any) -> Parity:
         found = compare(*arguments, **settings)
@@ -162,9 +164,9 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
     with pytest.raises(ValueError, match=r"which it refuses \(opset 25 is under development\); choose another"):
         run_job(composed([*QUICK, "export=onnx"], tmp_path / "runtime"))
     monkeypatch.undo()
-    monkeypatch.setattr("deployment.runtime.OpenVINOModel", refused)
-    with pytest.raises(ValueError, match=r"installed openvino loads, which it refuses .*another export\.container"):
-        run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "second"))
+    two = ["bits=w2a4", "export=onnx", "export.container=int2"]
+    with pytest.raises(ValueError, match=r"^openvino: expected a model that OpenVINO reads.*export\.openvino=false"):
+        run_job(composed([*QUICK, *two, "export.openvino=true"], tmp_path / "second"))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ValueError, match=r"the package openvino, .*pip install calibrant\[openvino\]"):
         run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "missing"))
@@ -173,6 +175,8 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
         assert set(json.loads((tmp_path / name / "record.json").read_text())["stages"]) == {"teacher", "convert"}
     run_job(composed([*QUICK, "export=onnx", "export.compared=0"], tmp_path / "unchecked"))
     assert (tmp_path / "unchecked" / "model.onnx").exists()
+    run_job(composed([*QUICK, *two], tmp_path / "two"))
+    assert json.loads((tmp_path / "two" / "record.json").read_text())["export"]["alike"] == 64
 
 
 @pytest.mark.parametrize("weight", options("weight"))
@@ -215,9 +219,15 @@ def test_what_is_exported_does_not_change_what_a_run_is_called(tmp_path: Path) -
         ("export.compared=-1", r"export\.compared"),
         ("export.tolerance=-0.1", r"export\.tolerance"),
         ("export.threads=0", r"export\.threads"),
+        ("export.openvino=off", r"export\.openvino: expected true or false, got 'off'"),
     ],
 )
 def test_mistakes_are_named_before_any_work(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=message):
         run_job(composed([*QUICK, "export=onnx", override], tmp_path))
     assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_openvino_compared_on_no_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"export\.openvino .*got export\.compared=0"):
+        run_job(composed([*QUICK, "export=onnx", "export.openvino=true", "export.compared=0"], tmp_path))
