@@ -33,13 +33,18 @@ METHODS = (*PROGRAMS, "greedy", "uniform")
 
 
 def commands(
-    budgets: Sequence[float], seeds: Sequence[int], overrides: Sequence[str], additivity: int
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    additivity: int,
+    methods: Sequence[str] = METHODS,
 ) -> list[list[str]]:
     """Arguments of run.py for each method: a sweep over budgets and seeds."""
     seed = f"seed={','.join(map(str, seeds))}"
     widths = sorted({math.floor(budget) for budget in budgets})
-    found = [[*overrides, "allocation=uniform", f"bits.weight={','.join(map(str, widths))}", seed]]
-    for method in METHODS[:-1]:
+    uniform = [*overrides, "allocation=uniform", f"bits.weight={','.join(map(str, widths))}", seed]
+    found = [uniform] if "uniform" in methods else []
+    for method in (own for own in METHODS[:-1] if own in methods):
         allowed = f"allocation.budget.average_bits={','.join(f'{b:g}' for b in budgets)}"
         check = [f"allocation.additivity={additivity}"] if method == "integer_program" else []
         found.append([*overrides, f"allocation={method}", allowed, *check, seed])
@@ -72,7 +77,7 @@ def table_of(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, float], list[dic
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """For each budget the accuracy of every method, and how often the programs beat greedy search and equal widths."""
     table, lines, wins = table_of(rows), [], dict.fromkeys(PROGRAMS, 0)
-    budgets = sorted(budget for method, budget in table if method == "integer_program")
+    budgets = sorted({budget for method, budget in table if method in PROGRAMS})
     for budget in budgets:
         means = {}
         for method in METHODS:
@@ -84,7 +89,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             wins[method] += means.get(method, -1.0) > others
         lines.append(f"{budget:g} bits: " + ", ".join(f"{method} {mean:.2f}" for method, mean in means.items()))
     beaten = "beats greedy search and equal widths at"
-    return [*lines, *(f"{method} {beaten} {won} of {len(budgets)} budgets" for method, won in wins.items())]
+    ran = [(method, won) for method, won in wins.items() if any(name == method for name, _ in table)]
+    return [*lines, *(f"{method} {beaten} {won} of {len(budgets)} budgets" for method, won in ran)]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -129,6 +135,7 @@ def main() -> None:
     parser.add_argument("name", help="benchmarks/results/pareto_<name>.csv and .png are written")
     parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5, 4.0, 5.0, 6.0], help="average bits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which of them")
     parser.add_argument("--additivity", type=int, default=20, help="random networks a seed")
     parser.add_argument("--collect", type=Path, help="folder of sweeps that have already run")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -137,7 +144,7 @@ def main() -> None:
     folder, failed = options.collect, 0
     if folder is None:
         folder = ROOT / "multirun" / f"pareto_{options.name}_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}"
-        sweeps = commands(options.bits, options.seeds, overrides, options.additivity)
+        sweeps = commands(options.bits, options.seeds, overrides, options.additivity, options.methods)
         for number, arguments in enumerate(sweeps):
             command = [
                 sys.executable,

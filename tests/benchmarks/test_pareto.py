@@ -27,12 +27,21 @@ def test_every_sweep_composes() -> None:
         composed([override.split(",")[0] for override in sweep])
 
 
+def test_methods_may_be_left_out() -> None:
+    found = commands([3.0], [0], [], additivity=0, methods=["greedy", "uniform"])
+    assert [next(word for word in line if word.startswith("allocation=")) for line in found] == [
+        "allocation=uniform",
+        "allocation=greedy",
+    ]
+
+
 def test_equal_widths_spend_what_they_can(tmp_path: Path) -> None:
     rows = [row("integer_program", b, t) for b, t in ((3, 88.0), (3, 86.0), (3.5, 89.0), (4, 90.0))]
     rows += [row("uniform", 3, 86.5), row("uniform", 4, 91.0), row("greedy", 3, 86.9), row("greedy", 3.5, 88.0)]
     lines = summary(rows)
     assert lines[0] == "3 bits: integer_program 87.00, greedy 86.90, uniform 86.50"
     assert lines[1] == "3.5 bits: integer_program 89.00, greedy 88.00, uniform 86.50"
-    assert lines[-2] == "integer_program beats greedy search and equal widths at 2 of 3 budgets"
-    assert lines[-1] == "calibrant beats greedy search and equal widths at 0 of 3 budgets"
+    assert lines[-1] == "integer_program beats greedy search and equal widths at 2 of 3 budgets"
+    lines = summary([*rows, row("calibrant", 3, 87.5)])
+    assert lines[-1] == "calibrant beats greedy search and equal widths at 1 of 3 budgets"
     assert draw(rows, tmp_path / "pareto.png").stat().st_size > 0
