@@ -155,6 +155,8 @@ def method(row: dict[str, str]) -> str:
     settings = {key: value for key, value in settings.items() if not key.startswith(RATES) and key not in ASIDE}
     if row["recipe"] not in ("", "none"):
         parts = [f"pipeline {row['recipe']}"]
+        asked = {setting.split("=", 1)[0] for setting in row["overrides"].split()}
+        settings = {key: value for key, value in settings.items() if key in asked}  # the others are the recipe's own
         if row["corrections"] in ("", "none") and row["recipe"] in ("light", "advanced"):
             parts.append("without corrections")
     else:
