@@ -31,6 +31,7 @@ def test_models_are_timed_in_turns_and_against_the_first() -> None:
 
 
 def test_each_runtime_has_a_first_of_its_own() -> None:
+    pytest.importorskip("openvino")
     model = export_onnx(student_of(net(), (8, 8), symmetric=True), SIZE).model.SerializeToString()
     found = latencies({"a": model, "b": model}, noise(1), runtimes=["onnxruntime", "openvino"], rounds=1, seconds=0.01)
     assert [(row.runtime, row.model) for row in found] == [
