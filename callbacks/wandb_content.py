@@ -12,6 +12,7 @@ import wandb
 
 from callbacks.report import named
 from callbacks.wandb_access import short
+from deployment.exports import FILE, PARITY
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +26,8 @@ TABLES = {
     "quantizers.csv": "convert/quantizers",
     "units.csv": "reconstruction/units",
     "sensitivities.csv": "allocation/sensitivities",
-    "parity.csv": "export/parity",
-    "parity_openvino.csv": "export/parity_openvino",
+    **{name: f"export/{Path(name).stem}" for name in PARITY.values()},
 }
-PARITY_FILES = ("parity.csv", "parity_openvino.csv")
 BARS = {"units.csv": ("reconstruction/errors", "unit", "error_hard")}  # drawn by W&B itself: key, labels, values
 STUDENT = ("student.safetensors", "record.json", "allocation.yaml", ".hydra/config.yaml")  # what loads it again
 METHODS = ("pipeline", "distillation", "reconstruction", "weight")  # the first that is chosen names the job's type
@@ -185,7 +184,7 @@ def students(run_id: str, folder: Path, facts: Mapping[str, Any]) -> list[wandb.
         "data_free": facts.get("data_free"),
     }
     found = []
-    for kind, files in (("student", STUDENT), ("onnx", ("model.onnx", *PARITY_FILES))):
+    for kind, files in (("student", STUDENT), ("onnx", (FILE, *PARITY.values()))):
         if (folder / files[0]).exists():
             artifact = wandb.Artifact(f"{kind}-{run_id}", type="model", metadata=dict(metadata))
             _add(artifact, folder, files)

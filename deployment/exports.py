@@ -12,10 +12,11 @@ from torch import fx
 from deployment.containers import Container, check_container
 from deployment.onnx_export import Exported, export_onnx
 from deployment.parity import ParityError
-from deployment.runtime import Runtime
+from deployment.runtime import Runtime, runtimes
 from deployment.whole_file import expect_no_folder
 
 FILE = "model.onnx"
+PARITY: dict[Runtime, str] = {"onnxruntime": "parity.csv", "openvino": "parity_openvino.csv"}  # a row for each tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class OnnxExport:
     @property
     def runtimes(self) -> list[Runtime]:
         """What has to follow the student; onnxruntime first."""
-        return ["onnxruntime", "openvino"] if self.openvino else ["onnxruntime"]
+        return runtimes(openvino=self.openvino)
 
     def make(
         self, student: fx.GraphModule, input_size: tuple[int, ...], facts: Mapping[str, str] | None = None

@@ -35,6 +35,11 @@ OPENVINO_EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
 EXTRAS = {"openvino": "openvino"}  # package -> what brings it, where that is not `export`
 
 
+def runtimes(*, openvino: bool) -> list[Runtime]:
+    """Those that are asked for; onnxruntime always, and first."""
+    return ["onnxruntime", "openvino"] if openvino else ["onnxruntime"]
+
+
 class Loaded(Protocol):
     """A model ready to run."""
 

@@ -13,7 +13,7 @@ from deployment.latency import Latency, LayerTime, OperatorTime, latencies, laye
 from deployment.latency_table import PairTime, latency_table
 from deployment.onnx_export import export_onnx
 from deployment.parity import TensorParity, compare, expect_parity
-from deployment.runtime import Runtime, container_of
+from deployment.runtime import container_of, runtimes
 from deployment.whole_file import expect_no_folder
 from lightning_modules.saved_students import load_student_from
 from quantizers.layer import float_mode
@@ -101,10 +101,10 @@ def measure_saved(
     models["quantized"] = quantized
     images = torch.randn(batch, *saved.input_size, generator=torch.Generator().manual_seed(0))
     network, size = saved.network, saved.input_size
-    runtimes: list[Runtime] = ["onnxruntime", "openvino"] if openvino else ["onnxruntime"]
     alike: Any = {"batch": batch, "threads": threads, "container": container}
+    timing: Any = {"threads": threads, "rounds": rounds, "seconds": seconds}
     return Measured(
-        models=latencies(models, images, runtimes=runtimes, threads=threads, rounds=rounds, seconds=seconds),
+        models=latencies(models, images, runtimes=runtimes(openvino=openvino), **timing),
         bytes={name: len(model) for name, model in models.items()},
         operators=operator_times(models["quantized"], images, threads=threads),
         layers=layer_times(network, size, **alike) if layers else [],

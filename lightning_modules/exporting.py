@@ -11,7 +11,7 @@ from torch import fx
 
 from callbacks import report
 from datamodules.evaluation import EvaluationData
-from deployment.exports import FILE, OnnxExport, failed, written_if_alike
+from deployment.exports import FILE, PARITY, OnnxExport, failed, written_if_alike
 from deployment.onnx_export import Exported
 from deployment.parity import ParityError, compare, expect_parity
 from deployment.predictions import expect_same_top1, predictions
@@ -21,8 +21,6 @@ from quantizers.layer import hardened_copy
 
 if TYPE_CHECKING:
     from lightning_modules.job import Job
-
-PARITY: dict[Runtime, str] = {"onnxruntime": "parity.csv", "openvino": "parity_openvino.csv"}
 
 
 def chosen_export(job: Job) -> OnnxExport | None:
