@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.onnx_values import facts_of
-from deployment.runtime import Loaded, Runtime, load, session
+from deployment.runtime import Loaded, OpenVINOModel, Runtime, load, session
+from deployment.timing import turn
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
 from quantizers.operators import CLIPS, Operators
 from quantizers.protocol import FLOAT
@@ -91,7 +92,7 @@ def latencies(
     calls: dict[tuple[Runtime, str], list[float]] = {key: [] for key in loaded}
     for _ in range(rounds):
         for key, model in loaded.items():
-            times = turn(model, feed, seconds)
+            times = _turn(model, feed, seconds)
             turns[key].append(statistics.median(times))
             calls[key] += times
     first = next(iter(models))
@@ -106,15 +107,10 @@ def latencies(
     ]
 
 
-def turn(run: Loaded, feed: dict[str, Any], seconds: float) -> list[float]:
-    """Seconds of each call behind the first, at least three."""
-    run.run(None, feed)
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        started = time.perf_counter()
-        run.run(None, feed)
-        times.append(time.perf_counter() - started)
-    return times
+def _turn(model: Loaded, feed: dict[str, Any], seconds: float) -> list[float]:
+    if isinstance(model, OpenVINOModel):
+        return model.turn(feed, seconds)
+    return turn(partial(model.run, None, feed), seconds)
 
 
 def operator_times(

@@ -8,11 +8,11 @@ timed once: most widths share kernels, and no choice between those is left to no
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import takewhile
 from math import inf, isfinite
 from pathlib import Path
@@ -22,9 +22,10 @@ import numpy as np
 from torch import Tensor, fx
 
 from deployment.containers import Container
-from deployment.latency import HEAVY, first_module, layers_alone, turn
+from deployment.latency import HEAVY, first_module, layers_alone
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.runtime import has_vnni, require, session
+from deployment.timing import turn
 from quantizers.calibrate import calibrate_ranges
 from quantizers.layer import ActivationSite, QuantizedLayer, output_first, quantized_layers, sites
 from quantizers.nearest import Nearest, NearestActivation
@@ -88,7 +89,7 @@ def _alike(
 ) -> Callable[[int, int], float]:
     """The seconds of a layer by its widths."""
 
-    @functools.cache
+    @cache
     def spent(weight: int, activation: int) -> float:
         written = _at(single, path, (weight, activation), images, symmetric)
         return clock.seconds_of(export_onnx(written, tuple(images.shape[1:]), container=container).model, images)
@@ -151,12 +152,12 @@ class _Clock:
     def _measured(self, optimized: Any, name: str, feed: dict[str, Any]) -> float:
         """From calls with the kernel once and many times, in turns: the difference is the kernel's."""
         once = session(optimized.SerializeToString(), threads=self.threads, optimize=False)
-        length = statistics.median(turn(once, feed, 0.0))
+        length = statistics.median(turn(partial(once.run, None, feed), 0.0))
         copies = max(1, min(COPIES, round(LONG_ENOUGH / length)))
         often = session(repeated(optimized, name, copies), threads=self.threads, optimize=False)
         differences = []
         for _ in range(self.rounds):
-            one, many = (statistics.median(turn(run, feed, TURN)) for run in (once, often))
+            one, many = (statistics.median(turn(partial(run.run, None, feed), TURN)) for run in (once, often))
             differences.append(many - one)
         return max(0.0, statistics.median(differences) / copies)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,9 +34,6 @@ INSTRUCTIONS = {  # name -> flag, best first
 }
 
 
-# Left to itself OpenVINO computes in bfloat16 where the processor has it, and in linear layers with integer weights it
-# quantizes float inputs anew at every call, by ranges of its own.
-OPENVINO_EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
 EXTRAS = {"openvino": "openvino"}  # package -> what brings it, where that is not `export`
 
 
@@ -49,7 +51,7 @@ class Loaded(Protocol):
 
 
 def require(package: str) -> Any:
-    """The package `onnx`, `onnxruntime` or `openvino`.
+    """The package `onnx` or `onnxruntime`.
 
     Raises:
         ValueError: if it is not installed, with the command that installs it.
@@ -57,10 +59,15 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(
-            f"export: expected the package {package}, which cannot be imported ({error}); "
-            f"pip install calibrant[{EXTRAS.get(package, 'export')}]"
-        ) from error
+        raise missing(package, error) from error
+
+
+def missing(package: str, reason: object) -> ValueError:
+    """What is raised where a package cannot be imported."""
+    return ValueError(
+        f"export: expected the package {package}, which cannot be imported ({reason}); "
+        f"pip install calibrant[{EXTRAS.get(package, 'export')}]"
+    )
 
 
 @functools.cache
@@ -128,40 +135,68 @@ def container_of(model: Path | bytes) -> str | None:
 class OpenVINOModel:
     """A model in OpenVINO on the CPU, which computes what the file says and in no less precision.
 
+    It runs in a process of its own, `deployment.openvino_process`, which ends with this object.
+
     Args:
         model: a file, or a serialized model.
         threads: inside an operator.
 
     Raises:
         ValueError: for a model that it does not read or compile, such as one of 2-bit integers, or cannot run.
+        ChildProcessError: if its process ends.
     """
 
     def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
-        core = require("openvino").Core()
-        with _heeded("reads"):
-            read = core.read_model(model, b"") if isinstance(model, bytes) else core.read_model(str(model))
-            self._compiled = core.compile_model(read, "CPU", OPENVINO_EXACT | {"INFERENCE_NUM_THREADS": threads})
-            self._request = self._compiled.create_infer_request()
+        if importlib.util.find_spec("openvino") is None:
+            raise missing("openvino", "there is none")
+        root = str(Path(__file__).resolve().parent.parent)
+        inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # aborts with tcmalloc
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "deployment.openvino_process"],  # -P: not from the working folder
+            env=inherited | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self._ask("load", model, threads, does="reads")
 
     def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any], /) -> list[Any]:
         """The named outputs, or all in their order, as arrays; `inputs` by name."""
-        with _heeded("runs"):
-            found = self._request.infer(dict(inputs), share_inputs=True)
-        return [found[key] for key in (self._compiled.outputs if outputs is None else outputs)]
+        return self._ask("run", outputs, dict(inputs), does="runs")
 
+    def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
+        """`deployment.timing.turn` of calls, timed in the process that makes them."""
+        return self._ask("turn", dict(inputs), seconds, does="runs")
 
-@contextmanager
-def _heeded(does: str) -> Iterator[None]:
-    """OpenVINO's own errors, which are of no class of theirs, as one that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+    def _ask(self, method: str, *arguments: Any, does: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump((method, arguments), self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+            done, answer = pickle.load(self._process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            code = self._process.wait()
+            raise ChildProcessError(
+                f"openvino: expected its process to answer, which ended with {code} (what it said stands above); the "
+                "student is saved: leave OpenVINO out (export.openvino=false, no --openvino), and report it"
+            ) from error
+        except BaseException:  # half a request or half an answer is in the pipe: nothing more can be asked
+            self._end()
+            raise
+        if done:
+            return answer
         raise ValueError(
-            f"openvino: expected a model that OpenVINO {does}, which it refuses ({reason}); "
+            f"openvino: expected a model that OpenVINO {does}, which it refuses ({' '.join(answer.split())[:300]}); "
             "choose another container (export.container, --container), or leave OpenVINO out (export.openvino=false, "
             "no --openvino)"
-        ) from error
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()  # it holds nothing; a forked worker of this process may keep the pipe open
+    with process:
+        pass  # closes the pipes and waits
 
 
 def load(model: Path | bytes, runtime: Runtime = "onnxruntime", *, threads: int = 1) -> Loaded:

@@ -32,7 +32,6 @@ def test_a_run_gives_its_row_and_those_of_its_layers(tmp_path: Path) -> None:
 
 
 def test_a_run_compared_in_openvino_says_so(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     small = [*SMALL, "calibration=noise", "reconstruction=none", "protocol=onnxruntime", "bits=w8a8"]
     run_job(composed([*small, "export=onnx", "export.openvino=true"], tmp_path))
     row, _ = rows_of(tmp_path, argparse.Namespace(batch=1, threads=1, rounds=1, layers=False))

@@ -31,7 +31,6 @@ def test_models_are_timed_in_turns_and_against_the_first() -> None:
 
 
 def test_each_runtime_has_a_first_of_its_own() -> None:
-    pytest.importorskip("openvino")
     model = export_onnx(student_of(net(), (8, 8), symmetric=True), SIZE).model.SerializeToString()
     found = latencies({"a": model, "b": model}, noise(1), runtimes=["onnxruntime", "openvino"], rounds=1, seconds=0.01)
     assert [(row.runtime, row.model) for row in found] == [
@@ -56,7 +55,7 @@ class Clock:
 
 def test_the_first_call_warms_up_and_medians_leave_out_what_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployment.latency.load", Clock)
-    monkeypatch.setattr("deployment.latency.time.perf_counter", lambda: Clock.now)
+    monkeypatch.setattr("deployment.timing.time.perf_counter", lambda: Clock.now)
     found = latencies({"slow": [9.0, 0.02], "fast": [7.0, 0.01, 0.5, 0.01]}, noise(1), rounds=3, seconds=0.05)  # type: ignore[dict-item]
     assert [row.milliseconds for row in found] == pytest.approx([20, 10])
     assert found[1].speedup == pytest.approx(2)

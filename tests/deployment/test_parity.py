@@ -268,7 +268,6 @@ def test_a_convolution_in_integers_by_hand_is_the_runtimes(bits: tuple[int, int]
 @pytest.mark.parametrize("container", ["int8", "int4"])
 @pytest.mark.parametrize("protocol", [BLOCK, LAYER, POWERS])
 def test_openvino_computes_the_same(bits: tuple[int, int], container: Any, protocol: Protocol) -> None:
-    pytest.importorskip("openvino")
     student = student_of(net(), bits, protocol=protocol, symmetric=True)
     exported = export_onnx(student, SIZE, container=container)
     found = compare(student, exported, [noise(40)], runtime="openvino")
@@ -282,7 +281,6 @@ def test_openvino_computes_the_same(bits: tuple[int, int], container: Any, proto
 
 
 def test_a_mistake_is_found_in_openvino_and_named_so() -> None:
-    pytest.importorskip("openvino")
     student = student_of(net(), (8, 8), protocol=LAYER, symmetric=True)
     exported = export_onnx(student, SIZE, container="int8")
     without_bias("a")(exported)
@@ -292,7 +290,6 @@ def test_a_mistake_is_found_in_openvino_and_named_so() -> None:
 
 def test_openvino_leaves_float_inputs_of_integer_layers_float() -> None:
     """Left to itself it quantizes them, where there are some dozens."""
-    pytest.importorskip("openvino")
     network = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 40))
     student = student_of(network, (8, 8), protocol=BLOCK, symmetric=True)
     found = compare(student, export_onnx(student, SIZE, container="int8"), [noise(40)], runtime="openvino")
@@ -300,7 +297,6 @@ def test_openvino_leaves_float_inputs_of_integer_layers_float() -> None:
 
 
 def test_a_tensor_of_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
 
     class Empty(OpenVINOModel):
         def run(self, *arguments: Any) -> list[Any]:
@@ -313,6 +309,5 @@ def test_a_tensor_of_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_openvino_does_not_read_is_refused_with_the_remedy() -> None:
-    pytest.importorskip("openvino")
     with pytest.raises(ValueError, match=r"openvino: expected a model that OpenVINO reads.*choose another"):
         load(b"no model", "openvino")

@@ -42,7 +42,6 @@ def test_export(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_export_compared_in_both_runtimes(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     chosen = OnnxExport(compared=4, openvino=True)
     path, rows = export_saved(folder, chosen, tmp_path / "model.onnx")
     assert path.exists()
@@ -63,7 +62,6 @@ def test_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_benchmark_in_both_runtimes(folder: Path) -> None:
-    pytest.importorskip("openvino")
     found = measure_saved(folder, rounds=1, seconds=0.01, layers=False, openvino=True).models
     assert [(row.runtime, row.model) for row in found] == [
         ("onnxruntime", "float"), ("onnxruntime", "quantized"), ("openvino", "float"), ("openvino", "quantized"),

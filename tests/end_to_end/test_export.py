@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -51,7 +50,6 @@ def test_a_run_leaves_a_model_that_a_runtime_agrees_with(tmp_path: Path) -> None
 
 
 def test_a_second_runtime_has_to_agree_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
     run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "alike"))
     export = json.loads((tmp_path / "alike" / "record.json").read_text())["export"]
     assert export["openvino"].keys() == export.keys() - {"file", "container", "bytes", "float_biases", "openvino"}
@@ -167,11 +165,8 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
         run_job(composed([*QUICK, "export=onnx"], tmp_path / "runtime"))
     monkeypatch.undo()
     two = ["bits=w2a4", "export=onnx", "export.container=int2"]
-    if importlib.util.find_spec("openvino"):
-        with pytest.raises(
-            ValueError, match=r"^openvino: expected a model that OpenVINO reads.*export\.openvino=false"
-        ):
-            run_job(composed([*QUICK, *two, "export.openvino=true"], tmp_path / "second"))
+    with pytest.raises(ValueError, match=r"^openvino: expected a model that OpenVINO reads.*export\.openvino=false"):
+        run_job(composed([*QUICK, *two, "export.openvino=true"], tmp_path / "second"))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ValueError, match=r"the package openvino, .*pip install calibrant\[openvino\]"):
         run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "missing"))

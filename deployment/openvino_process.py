@@ -1,0 +1,73 @@
+"""OpenVINO in a process of its own, which `deployment.runtime.OpenVINOModel` starts and asks.
+
+Within a process that has torch and onnxruntime OpenVINO 2026.4 was not safe: some ended without a message long after
+their last call, and with tcmalloc preloaded they abort at once. Requests come pickled on standard input, answers go to
+what standard output was; the end of the input ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deployment.timing import turn
+
+# Left to itself OpenVINO computes in bfloat16 where the processor has it, and in linear layers with integer weights it
+# quantizes float inputs anew at every call, by ranges of its own.
+EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+class Model:
+    """A model compiled for the CPU; `threads`: inside an operator."""
+
+    def __init__(self, model: Path | bytes, threads: int) -> None:
+        import openvino
+
+        core = openvino.Core()
+        read = core.read_model(model, b"") if isinstance(model, bytes) else core.read_model(str(model))
+        self._compiled = core.compile_model(read, "CPU", EXACT | {"INFERENCE_NUM_THREADS": threads})
+        self._request = self._compiled.create_infer_request()
+
+    def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Any]:
+        """The named outputs, or all in their order."""
+        found = self._request.infer(dict(inputs), share_inputs=True)
+        return [found[key] for key in (self._compiled.outputs if outputs is None else outputs)]
+
+    def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
+        """Seconds of calls, timed on this side of the pipe."""
+        return turn(lambda: self._request.infer(dict(inputs), share_inputs=True), seconds)
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers (name of a method, arguments) with (True, what it gave) or (False, why OpenVINO refused)."""
+    methods: dict[str, Callable[..., Any]] = {}
+
+    def load(*arguments: Any) -> None:
+        model = Model(*arguments)
+        methods.update(run=model.run, turn=model.turn)
+
+    methods["load"] = load
+    while True:
+        try:
+            name, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = True, methods[name](*arguments)
+        except RuntimeError as error:  # OpenVINO's own are of no class of theirs
+            answer = False, str(error)
+        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it is interrupted, and closes the pipe
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    serve(sys.stdin.buffer, channel)
+    os._exit(0)  # nothing is left to write, and OpenVINO's own teardown is not to be waited for
