@@ -24,6 +24,7 @@ from callbacks import comparison, report, sweep_report
 from deployment.containers import Container
 from deployment.exports import FILE, OnnxExport
 from deployment.onnx_export import expect_known
+from deployment.openvino_model import RuntimeProcessError
 from deployment.parity import ParityError
 from lightning_modules.deployed import export_saved, measure_saved
 from lightning_modules.repeated_runs import DIFFERENT, EQUAL, NOT_COMPARABLE, repeat
@@ -143,7 +144,7 @@ def main() -> None:
         return
     try:
         COMMANDS[word](sys.argv[2:])
-    except (ValueError, ParityError) as error:
+    except (ValueError, ParityError, RuntimeProcessError) as error:
         raise SystemExit(f"calibrant {word}: {error}") from error
     except OSError as error:
         raise SystemExit(

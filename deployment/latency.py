@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.onnx_values import facts_of
-from deployment.runtime import Loaded, OpenVINOModel, Runtime, load, session
+from deployment.openvino_model import OpenVINOModel
+from deployment.runtime import Loaded, Runtime, load, session
 from deployment.timing import turn
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
 from quantizers.operators import CLIPS, Operators

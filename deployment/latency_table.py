@@ -24,7 +24,8 @@ from torch import Tensor, fx
 from deployment.containers import Container
 from deployment.latency import HEAVY, first_module, layers_alone
 from deployment.onnx_export import INPUT, export_onnx
-from deployment.runtime import has_vnni, require, session
+from deployment.packages import require
+from deployment.runtime import has_vnni, session
 from deployment.timing import turn
 from quantizers.calibrate import calibrate_ranges
 from quantizers.layer import ActivationSite, QuantizedLayer, output_first, quantized_layers, sites

@@ -22,7 +22,7 @@ from deployment.onnx_layers import Layers, quantized
 from deployment.onnx_operators import WRITERS, clip, clip_bounds
 from deployment.onnx_values import Facts, Value, Values, facts_of
 from deployment.origins import LOGITS
-from deployment.runtime import require
+from deployment.packages import require
 from deployment.whole_file import expect_no_folder, whole_file
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer
 from quantizers.operators import Operators

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployment.runtime import require
+from deployment.packages import require
 
 
 class Storage(NamedTuple):

@@ -1,4 +1,4 @@
-"""OpenVINO in a process of its own, which `deployment.runtime.OpenVINOModel` starts and asks.
+"""OpenVINO in a process of its own, which `deployment.openvino_model` starts and asks.
 
 Within a process that has torch and onnxruntime OpenVINO 2026.4 was not safe: some ended without a message long after
 their last call, and with tcmalloc preloaded they abort at once. Requests come pickled on standard input, answers go to
@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,8 @@ from deployment.timing import turn
 # Left to itself OpenVINO computes in bfloat16 where the processor has it, and in linear layers with integer weights it
 # quantizes float inputs anew at every call, by ranges of its own.
 EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
+ANNOUNCED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # to a whole group; who started this one answers them
+ERRORS = {ImportError: "missing", RuntimeError: "refused", Exception: "failed"}
 
 
 class Model:
@@ -34,8 +37,8 @@ class Model:
         self._request = self._compiled.create_infer_request()
 
     def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Any]:
-        """The named outputs, or all in their order."""
-        found = self._request.infer(dict(inputs), share_inputs=True)
+        """The named outputs, or all in their order, as arrays that the next call overwrites."""
+        found = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
         return [found[key] for key in (self._compiled.outputs if outputs is None else outputs)]
 
     def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
@@ -44,7 +47,7 @@ class Model:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers (name of a method, arguments) with (True, what it gave) or (False, why OpenVINO refused)."""
+    """Answers (name of a method, arguments) with ("done", what it gave), or with a word of `ERRORS` and the reason."""
     methods: dict[str, Callable[..., Any]] = {}
 
     def load(*arguments: Any) -> None:
@@ -57,17 +60,28 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             name, arguments = pickle.load(requests)
         except EOFError:
             return
-        try:
-            answer = True, methods[name](*arguments)
-        except RuntimeError as error:  # OpenVINO's own are of no class of theirs
-            answer = False, str(error)
+        answer = answered(methods[name], arguments)
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
+        del arguments, answer  # as large as images and tensors are, until the next request
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it is interrupted, and closes the pipe
+def answered(method: Callable[..., Any], arguments: Sequence[Any]) -> tuple[str, Any]:
+    """What the method gives, or why it does not; OpenVINO's own errors are of no class of theirs."""
+    try:
+        return "done", method(*arguments)
+    except Exception as error:
+        word = next(word for kind, word in ERRORS.items() if isinstance(error, kind))
+        return word, str(error) if word != "failed" else f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    for name in ANNOUNCED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    serve(sys.stdin.buffer, channel)
+    with suppress(BrokenPipeError):  # nobody waits for the answer any more
+        serve(sys.stdin.buffer, channel)
     os._exit(0)  # nothing is left to write, and OpenVINO's own teardown is not to be waited for

@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from deployment.onnx_export import INPUT, OUTPUT, Exported
 from deployment.origins import Origin, origins_of
-from deployment.runtime import Runtime, load, require
+from deployment.packages import require
+from deployment.runtime import Runtime, load
 
 STEPS = 1  # that a quantized tensor may be off
 SHARE = 1e-3  # of its elements that may differ; a tie is decided otherwise in one of 10,000 at most

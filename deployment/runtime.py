@@ -1,20 +1,16 @@
-"""What reads and runs an exported file, imported when it is first needed: quantizing does without it."""
+"""What reads and runs an exported file."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
-import pickle
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+
+from deployment.openvino_model import OpenVINOModel
+from deployment.packages import require
 
 Runtime = Literal["onnxruntime", "openvino"]
 
@@ -34,9 +30,6 @@ INSTRUCTIONS = {  # name -> flag, best first
 }
 
 
-EXTRAS = {"openvino": "openvino"}  # package -> what brings it, where that is not `export`
-
-
 def runtimes(*, openvino: bool) -> list[Runtime]:
     """Those that are asked for; onnxruntime always, and first."""
     return ["onnxruntime", "openvino"] if openvino else ["onnxruntime"]
@@ -48,26 +41,6 @@ class Loaded(Protocol):
     def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any], /) -> Sequence[Any]:
         """The named outputs, or all in their order, as arrays; `inputs` by name."""
         ...
-
-
-def require(package: str) -> Any:
-    """The package `onnx` or `onnxruntime`.
-
-    Raises:
-        ValueError: if it is not installed, with the command that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise missing(package, error) from error
-
-
-def missing(package: str, reason: object) -> ValueError:
-    """What is raised where a package cannot be imported."""
-    return ValueError(
-        f"export: expected the package {package}, which cannot be imported ({reason}); "
-        f"pip install calibrant[{EXTRAS.get(package, 'export')}]"
-    )
 
 
 @functools.cache
@@ -130,73 +103,6 @@ def container_of(model: Path | bytes) -> str | None:
     except (OSError, require("google.protobuf.message").DecodeError):
         return None  # who runs it will say why it is no model
     return next((entry.value for entry in read.metadata_props if entry.key == "container"), None)
-
-
-class OpenVINOModel:
-    """A model in OpenVINO on the CPU, which computes what the file says and in no less precision.
-
-    It runs in a process of its own, `deployment.openvino_process`, which ends with this object.
-
-    Args:
-        model: a file, or a serialized model.
-        threads: inside an operator.
-
-    Raises:
-        ValueError: for a model that it does not read or compile, such as one of 2-bit integers, or cannot run.
-        ChildProcessError: if its process ends.
-    """
-
-    def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
-        if importlib.util.find_spec("openvino") is None:
-            raise missing("openvino", "there is none")
-        root = str(Path(__file__).resolve().parent.parent)
-        inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # aborts with tcmalloc
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "deployment.openvino_process"],  # -P: not from the working folder
-            env=inherited | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._end = weakref.finalize(self, _end, self._process)
-        self._ask("load", model, threads, does="reads")
-
-    def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any], /) -> list[Any]:
-        """The named outputs, or all in their order, as arrays; `inputs` by name."""
-        return self._ask("run", outputs, dict(inputs), does="runs")
-
-    def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
-        """`deployment.timing.turn` of calls, timed in the process that makes them."""
-        return self._ask("turn", dict(inputs), seconds, does="runs")
-
-    def _ask(self, method: str, *arguments: Any, does: str) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            pickle.dump((method, arguments), self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
-            done, answer = pickle.load(self._process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            code = self._process.wait()
-            raise ChildProcessError(
-                f"openvino: expected its process to answer, which ended with {code} (what it said stands above); the "
-                "student is saved: leave OpenVINO out (export.openvino=false, no --openvino), and report it"
-            ) from error
-        except BaseException:  # half a request or half an answer is in the pipe: nothing more can be asked
-            self._end()
-            raise
-        if done:
-            return answer
-        raise ValueError(
-            f"openvino: expected a model that OpenVINO {does}, which it refuses ({' '.join(answer.split())[:300]}); "
-            "choose another container (export.container, --container), or leave OpenVINO out (export.openvino=false, "
-            "no --openvino)"
-        )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()  # it holds nothing; a forked worker of this process may keep the pipe open
-    with process:
-        pass  # closes the pipes and waits
 
 
 def load(model: Path | bytes, runtime: Runtime = "onnxruntime", *, threads: int = 1) -> Loaded:

@@ -13,9 +13,11 @@ from callbacks import report
 from datamodules.evaluation import EvaluationData
 from deployment.exports import FILE, PARITY, OnnxExport, failed, written_if_alike
 from deployment.onnx_export import Exported
+from deployment.openvino_model import RuntimeProcessError
+from deployment.packages import expect_installed
 from deployment.parity import ParityError, compare, expect_parity
 from deployment.predictions import expect_same_top1, predictions
-from deployment.runtime import Runtime, load, require
+from deployment.runtime import Runtime, load
 from networks.teachers import Teacher
 from quantizers.layer import hardened_copy
 
@@ -33,7 +35,7 @@ def chosen_export(job: Job) -> OnnxExport | None:
     if not isinstance(chosen, OnnxExport):
         return None
     for package in ("onnx", *chosen.runtimes):
-        require(package)
+        expect_installed(package)
     return chosen
 
 
@@ -42,6 +44,7 @@ def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> No
 
     Raises:
         ValueError: for an operator or a part that cannot be written, or a model that a runtime does not load.
+        RuntimeProcessError: if a runtime's process ends.
     """
     chosen = chosen_export(job)
     if chosen is None:
@@ -53,7 +56,7 @@ def expect_exportable(job: Job, teacher: Teacher, student: fx.GraphModule) -> No
     for runtime in chosen.runtimes:
         try:
             load(model, runtime, threads=chosen.threads)
-        except ValueError:
+        except (ValueError, RuntimeProcessError):
             raise
         except Exception as error:  # onnxruntime has a class for every reason
             raise ValueError(

@@ -39,6 +39,14 @@ def test_each_runtime_has_a_first_of_its_own() -> None:
     assert [row.speedup for row in found if row.model == "a"] == [1, 1]
 
 
+def test_calls_in_another_process_are_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would count as the model's own time."""
+    monkeypatch.setattr("deployment.latency.OpenVINOModel.turn", lambda *given: [2.0, 3.0, 4.0])
+    model = export_onnx(student_of(net(), (8, 8), symmetric=True), SIZE).model.SerializeToString()
+    (found,) = latencies({"a": model}, noise(1), runtimes=["openvino"], rounds=1, seconds=0.01)
+    assert found.milliseconds == 3000
+
+
 class Clock:
     """A session whose calls take as long as it is told, by a clock of its own."""
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from deployment.onnx_export import export_onnx
+from deployment.packages import require
 from deployment.parity import compare, expect_parity, with_rounded_biases
-from deployment.runtime import require, session
+from deployment.runtime import session
 from quantizers.adaround import AdaRound
 from quantizers.layer import ActivationSite, float_mode, quantized_layers
 from quantizers.protocol import Protocol

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from deployment.onnx_export import Exported, export_onnx
+from deployment.openvino_model import OpenVINOModel
 from deployment.origins import origins_of
 from deployment.parity import Parity, ParityError, TensorParity, compare, expect_parity, with_rounded_biases
 from deployment.predictions import Predictions, expect_same_top1, predictions
-from deployment.runtime import OpenVINOModel, load, session
+from deployment.runtime import load, session
 from quantizers.protocol import Protocol
 from tests.deployment.students import BLOCK, LAYER, SIZE, net, noise, student_of
 
@@ -297,7 +298,6 @@ def test_openvino_leaves_float_inputs_of_integer_layers_float() -> None:
 
 
 def test_a_tensor_of_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-
     class Empty(OpenVINOModel):
         def run(self, *arguments: Any) -> list[Any]:
             return [found[:0] for found in super().run(*arguments)]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 import commands
 from deployment.exports import OnnxExport
+from deployment.openvino_model import RuntimeProcessError
 from deployment.parity import Parity, TensorParity
 from lightning_modules.deployed import export_saved, measure_saved
 from run import run_job
@@ -50,6 +52,18 @@ def test_export_compared_in_both_runtimes(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("commands.export_saved", lambda *given: seen.append(given) or (path, rows))
     called(monkeypatch, "export", str(folder), "--openvino", "--compared", "4")
     assert seen == [(folder, chosen, None)]
+
+
+@pytest.mark.parametrize(("command", "function"), [("export", "export_saved"), ("benchmark", "measure_saved")])
+def test_a_runtime_whose_process_ends_is_no_matter_of_files(
+    command: str, function: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any, **__: Any) -> None:
+        raise RuntimeProcessError("openvino: expected its process to answer")
+
+    monkeypatch.setattr(f"commands.{function}", ended)
+    with pytest.raises(SystemExit, match=rf"^calibrant {command}: openvino: expected its process to answer$"):
+        called(monkeypatch, command, str(folder))
 
 
 def test_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

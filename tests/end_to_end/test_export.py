@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from deployment.openvino_model import RuntimeProcessError
 from deployment.parity import Parity, ParityError, compare
 from deployment.predictions import Predictions
 from lightning_modules.exporting import expect_exportable
@@ -59,6 +60,7 @@ def test_a_second_runtime_has_to_agree_as_well(tmp_path: Path, monkeypatch: pyte
     assert [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
     run_job(composed([*QUICK, "export=onnx"], tmp_path / "alike"))
     assert [(tmp_path / "alike" / name).exists() for name in PARITY_FILES] == [True, False]
+    assert "openvino" not in sys.modules  # it is not safe beside torch
 
     def off(*arguments: Any, **settings: Any) -> Parity:
         found = compare(*arguments, **settings)
@@ -163,6 +165,13 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
     monkeypatch.setattr("lightning_modules.exporting.load", refused)
     with pytest.raises(ValueError, match=r"which it refuses \(opset 25 is under development\); choose another"):
         run_job(composed([*QUICK, "export=onnx"], tmp_path / "runtime"))
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise RuntimeProcessError("its process ended")
+
+    monkeypatch.setattr("lightning_modules.exporting.load", ended)
+    with pytest.raises(RuntimeProcessError, match=r"^its process ended$"):
+        run_job(composed([*QUICK, "export=onnx"], tmp_path / "ended"))
     monkeypatch.undo()
     two = ["bits=w2a4", "export=onnx", "export.container=int2"]
     with pytest.raises(ValueError, match=r"^openvino: expected a model that OpenVINO reads.*export\.openvino=false"):
