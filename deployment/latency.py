@@ -11,9 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +19,7 @@ from torch import Tensor, fx, nn
 from deployment.containers import Container
 from deployment.onnx_export import INPUT, export_onnx
 from deployment.onnx_values import facts_of
-from deployment.openvino_model import OpenVINOModel
 from deployment.runtime import Loaded, Runtime, load, session
-from deployment.timing import turn
 from quantizers.layer import WEIGHTED, ActivationSite, QuantizedLayer, float_mode
 from quantizers.operators import CLIPS, Operators
 from quantizers.protocol import FLOAT
@@ -93,7 +89,7 @@ def latencies(
     calls: dict[tuple[Runtime, str], list[float]] = {key: [] for key in loaded}
     for _ in range(rounds):
         for key, model in loaded.items():
-            times = _turn(model, feed, seconds)
+            times = model.turn(feed, seconds)
             turns[key].append(statistics.median(times))
             calls[key] += times
     first = next(iter(models))
@@ -106,12 +102,6 @@ def latencies(
         )
         for (runtime, name), own in turns.items()
     ]
-
-
-def _turn(model: Loaded, feed: dict[str, Any], seconds: float) -> list[float]:
-    if isinstance(model, OpenVINOModel):
-        return model.turn(feed, seconds)
-    return turn(partial(model.run, None, feed), seconds)
 
 
 def operator_times(

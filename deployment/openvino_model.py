@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deployment.packages import expect_installed, missing
+from deployment.packages import missing
 
 # This package is found where it was found here, others where Python finds them by itself.
 PROGRAM = (
@@ -43,7 +43,6 @@ class OpenVINOModel:
     """
 
     def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
-        expect_installed("openvino")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, str(ROOT)],
             # OpenVINO aborts where tcmalloc is preloaded
@@ -100,7 +99,7 @@ class OpenVINOModel:
         )
 
 
-def _refusal(kind: str, answer: str, does: str) -> Exception:
+def _refusal(kind: str, answer: str, does: str) -> ValueError:
     if kind == "missing":
         return missing("openvino", answer)
     if kind == "failed":

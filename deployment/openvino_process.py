@@ -22,7 +22,6 @@ from deployment.timing import turn
 # quantizes float inputs anew at every call, by ranges of its own.
 EXACT = {"EXECUTION_MODE_HINT": "ACCURACY"}
 ANNOUNCED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # to a whole group; who started this one answers them
-ERRORS = {ImportError: "missing", RuntimeError: "refused", Exception: "failed"}
 
 
 class Model:
@@ -47,7 +46,7 @@ class Model:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers (name of a method, arguments) with ("done", what it gave), or with a word of `ERRORS` and the reason."""
+    """Answers each (name of a method, arguments), as `answered` does, until the requests end."""
     methods: dict[str, Callable[..., Any]] = {}
 
     def load(*arguments: Any) -> None:
@@ -67,12 +66,15 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def answered(method: Callable[..., Any], arguments: Sequence[Any]) -> tuple[str, Any]:
-    """What the method gives, or why it does not; OpenVINO's own errors are of no class of theirs."""
+    """("done", what the method gives), or the reason behind "missing" (OpenVINO), "refused" (by it) or "failed"."""
     try:
         return "done", method(*arguments)
+    except ImportError as error:
+        return "missing", str(error)
+    except RuntimeError as error:  # OpenVINO's own are of no class of theirs
+        return "refused", str(error)
     except Exception as error:
-        word = next(word for kind, word in ERRORS.items() if isinstance(error, kind))
-        return word, str(error) if word != "failed" else f"{type(error).__name__}: {error}"
+        return "failed", f"{type(error).__name__}: {error}"
 
 
 def main() -> None:

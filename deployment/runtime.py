@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from deployment.openvino_model import OpenVINOModel
 from deployment.packages import require
+from deployment.timing import turn
 
 Runtime = Literal["onnxruntime", "openvino"]
 
@@ -42,8 +43,12 @@ class Loaded(Protocol):
         """The named outputs, or all in their order, as arrays; `inputs` by name."""
         ...
 
+    def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
+        """`deployment.timing.turn` of calls, timed in the process that makes them."""
+        ...
 
-@functools.cache
+
+@cache
 def has_vnni() -> bool:
     """Whether the processor says that it multiplies bytes exactly; False where that is not known."""
     return CPUINFO.exists() and "vnni" in CPUINFO.read_text()
@@ -75,7 +80,7 @@ def session(
         threads: inside an operator; operators run one after another.
         optimize: whether the graph is fused; False: run as it is, such as one that was written fused.
         optimized: where the graph is written as the runtime fused it.
-        profile: prefix of a file with the seconds of every operator, written when the session's profile ends.
+        profile: prefix of a file with the seconds of every operator, written when profiling ends.
     """
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
@@ -105,8 +110,23 @@ def container_of(model: Path | bytes) -> str | None:
     return next((entry.value for entry in read.metadata_props if entry.key == "container"), None)
 
 
+class OnnxruntimeModel:
+    """A model in onnxruntime on the CPU, in this process; `threads`: inside an operator."""
+
+    def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
+        self._session = session(model, threads=threads)
+
+    def run(self, outputs: Sequence[str] | None, inputs: Mapping[str, Any], /) -> Sequence[Any]:
+        """The named outputs, or all in their order, as arrays; `inputs` by name."""
+        return self._session.run(outputs, inputs)
+
+    def turn(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
+        """`deployment.timing.turn` of calls."""
+        return turn(partial(self._session.run, None, inputs), seconds)
+
+
 def load(model: Path | bytes, runtime: Runtime = "onnxruntime", *, threads: int = 1) -> Loaded:
     """The model in a runtime, on the CPU."""
     if runtime == "openvino":
         return OpenVINOModel(model, threads=threads)
-    return session(model, threads=threads)
+    return OnnxruntimeModel(model, threads=threads)

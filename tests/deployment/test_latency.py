@@ -41,7 +41,7 @@ def test_each_runtime_has_a_first_of_its_own() -> None:
 
 def test_calls_in_another_process_are_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe would count as the model's own time."""
-    monkeypatch.setattr("deployment.latency.OpenVINOModel.turn", lambda *given: [2.0, 3.0, 4.0])
+    monkeypatch.setattr("deployment.openvino_model.OpenVINOModel.turn", lambda *given: [2.0, 3.0, 4.0])
     model = export_onnx(student_of(net(), (8, 8), symmetric=True), SIZE).model.SerializeToString()
     (found,) = latencies({"a": model}, noise(1), runtimes=["openvino"], rounds=1, seconds=0.01)
     assert found.milliseconds == 3000
@@ -52,7 +52,7 @@ class Clock:
 
     now = 0.0
 
-    def __init__(self, model: Any, runtime: str, **kwargs: Any) -> None:
+    def __init__(self, model: Any, **kwargs: Any) -> None:
         self.durations = model
         self.calls = 0
 
@@ -62,7 +62,7 @@ class Clock:
 
 
 def test_the_first_call_warms_up_and_medians_leave_out_what_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployment.latency.load", Clock)
+    monkeypatch.setattr("deployment.runtime.session", Clock)
     monkeypatch.setattr("deployment.timing.time.perf_counter", lambda: Clock.now)
     found = latencies({"slow": [9.0, 0.02], "fast": [7.0, 0.01, 0.5, 0.01]}, noise(1), rounds=3, seconds=0.05)  # type: ignore[dict-item]
     assert [row.milliseconds for row in found] == pytest.approx([20, 10])

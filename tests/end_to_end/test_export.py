@@ -180,7 +180,7 @@ def test_what_the_installed_packages_lack_is_found_before_any_work(
     with pytest.raises(ValueError, match=r"the package openvino, .*pip install calibrant\[openvino\]"):
         run_job(composed([*QUICK, "export=onnx", "export.openvino=true"], tmp_path / "missing"))
     monkeypatch.undo()
-    for name in ("onnx", "runtime"):
+    for name in ("onnx", "runtime", "ended", "second"):
         assert set(json.loads((tmp_path / name / "record.json").read_text())["stages"]) == {"teacher", "convert"}
     run_job(composed([*QUICK, "export=onnx", "export.compared=0"], tmp_path / "unchecked"))
     assert (tmp_path / "unchecked" / "model.onnx").exists()
