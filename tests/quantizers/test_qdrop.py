@@ -43,6 +43,20 @@ def test_gradients_go_to_what_was_taken() -> None:
     assert torch.equal(quantized.grad, 1 - x.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_torchs_where_values_and_gradients(dtype: torch.dtype) -> None:
+    x, quantized, weight = (10 ** (torch.randn(64, 3, 9, 9) * 8).clamp(-30, 30) * torch.randn(()) for _ in range(3))
+    ours = [t.to(dtype).requires_grad_() for t in (x, quantized)]
+    theirs = [t.to(dtype).requires_grad_() for t in (x, quantized)]
+    mixed = qdrop(ours[1], ours[0], 0.5, torch.Generator().manual_seed(0))
+    expected = torch.where(random_mask(x, 0.5, torch.Generator().manual_seed(0)), *theirs)
+    assert torch.equal(mixed, expected)
+    (mixed * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
 def test_other_probabilities_are_refused(probability: float) -> None:
     with pytest.raises(ValueError, match="probability: expected a share from 0 to 1"):
