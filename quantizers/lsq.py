@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantizers.affine import multiples, positive
+from quantizers.affine import multiples, positive, within
 from quantizers.base import Quantizer
 from quantizers.grid import activation_grid
 from quantizers.ranges import Range
@@ -35,9 +35,9 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (position,) = ctx.saved_tensors
-        inside = (position > ctx.lowest) & (position < ctx.highest)
-        slope = position.round().clamp_(ctx.lowest, ctx.highest).sub_(position * inside)
-        return grad * inside, slope.mul_(grad).sum() * ctx.gradient_scale, None, None, None
+        bounds = ctx.lowest, ctx.highest
+        slope = position.round().clamp_(*bounds).sub_(within(position, position, *bounds))
+        return within(grad, position, *bounds), slope.mul_(grad).sum() * ctx.gradient_scale, None, None, None
 
 
 class LSQ(Quantizer):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantizers.affine import multiples, positive
+from quantizers.affine import multiples, positive, within
 from quantizers.base import Quantizer
 from quantizers.grid import Grid, activation_grid
 from quantizers.ranges import Range
@@ -36,13 +36,13 @@ class _LearnedStepAndOffset(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         position, scale = ctx.saved_tensors
-        inside = (position > ctx.lowest) & (position < ctx.highest)
-        slope = position.round().clamp_(ctx.lowest, ctx.highest).sub_(position * inside)
+        bounds = ctx.lowest, ctx.highest
+        slope = position.round().clamp_(*bounds).sub_(within(position, position, *bounds))
         d_scale = slope.mul_(grad).sum() * ctx.gradient_scale
-        d_zero_point = None
+        d_x, d_zero_point = within(grad, position, *bounds), None
         if ctx.needs_input_grad[2]:
-            d_zero_point = (grad * ~inside).sum() * (-scale * ctx.gradient_scale)
-        return grad * inside, d_scale, d_zero_point, None, None
+            d_zero_point = (grad - d_x).sum() * (-scale * ctx.gradient_scale)
+        return d_x, d_scale, d_zero_point, None, None
 
 
 class LSQPlus(Quantizer):
