@@ -71,18 +71,27 @@ class SyntheticImages(CalibrationSource):
 
     Args:
         count: how many.
+        pool: how many are made, of which the first `count` are taken: sets of several sizes then share one synthesis,
+            and the smaller are part of the larger, as they are of real images. None: `count`.
+
+    Raises:
+        ValueError: if `pool` is smaller than `count`.
     """
 
     origin = "synthetic"
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, pool: int | None = None) -> None:
         self.count = _positive(count)
+        self.pool = self.count if pool is None else pool
+        if self.pool < count:
+            raise ValueError(f"calibration.pool: expected at least calibration.count, {count}, got {pool}")
 
     def load(self, teacher: Teacher, ledger: DataLedger, make: Callable[[int], Tensor]) -> CalibrationImages:
-        images = make(self.count).detach().to("cpu", torch.float32)
-        expected = (self.count, *teacher.input_size)
+        images = make(self.pool).detach().to("cpu", torch.float32)
+        expected = (self.pool, *teacher.input_size)
         if tuple(images.shape) != expected:
             raise ValueError(f"synthesis: expected images of shape {expected}, got {tuple(images.shape)}")
+        images = images[: self.count].clone()
         return CalibrationImages(images=images, origin=self.origin, digest=fingerprint({"images": images}))
 
 

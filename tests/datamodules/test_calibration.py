@@ -142,6 +142,20 @@ def test_synthetic_images_are_those_that_were_made(teacher: Teacher, ledger: Dat
     assert (got.origin, got.files) == ("synthetic", None)
 
 
+def test_smaller_sets_of_one_pool_are_part_of_the_larger(teacher: Teacher, ledger: DataLedger):
+    asked: list[int] = []
+
+    def make(count: int) -> Tensor:
+        asked.append(count)
+        return torch.arange(count).view(-1, 1, 1, 1).expand(count, 1, 28, 28).float()
+
+    sets = [SyntheticImages(count, pool=7).load(teacher, ledger, make).images for count in (2, 5, 7)]
+    assert asked == [7, 7, 7]
+    assert [images[:, 0, 0, 0].tolist() for images in sets] == [list(range(count)) for count in (2, 5, 7)]
+    with pytest.raises(ValueError, match=r"calibration\.pool: expected at least calibration\.count, 8, got 7"):
+        SyntheticImages(8, pool=7)
+
+
 @pytest.mark.parametrize("name", options("calibration"))
 def test_every_configuration_loads(name: str, teacher: Teacher, ledger: DataLedger):
     config = composed([f"calibration={name}"]).calibration
