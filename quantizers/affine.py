@@ -79,9 +79,9 @@ def between(x: Tensor, lowest: float, highest: float) -> Tensor:
 
 
 def within(values: Tensor, position: Tensor, lowest: float, highest: float) -> Tensor:
-    """`values` where lowest < position < highest, zero elsewhere: the gradient of a clip, not differentiable itself.
+    """`values` where lowest < position < highest, zero elsewhere: the gradient of a clip.
 
-    One pass, where two comparisons and a product with their outcome take six on a CPU.
+    One pass, where two comparisons and a product with their outcome take six on a CPU. What stands at a NaN passes.
     """
     return torch.ops.aten.hardtanh_backward(values, position, lowest, highest)
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+
 
 class _EitherOf(torch.autograd.Function):
-    """torch.where of finite tensors, forward and backward, with the same bits.
+    """torch.where of two floating-point tensors of one type, forward and backward.
 
-    On CPUs torch.where and masked_fill go element by element, and a random mask makes them guess wrong every other
-    time: arithmetic with a mask of 0 and 1 is five times faster, and exact.
+    On CPUs torch.where goes element by element, and a random mask makes it guess wrong every other time; the same
+    choice among bits is made several elements at a time, three to five times faster.
     """
 
     @staticmethod
@@ -24,14 +26,29 @@ class _EitherOf(torch.autograd.Function):
         ctx.save_for_backward(mask)
         if mask.device.type != "cpu" or x.dtype != otherwise.dtype:
             return torch.where(mask, x, otherwise)
-        return torch.lerp(otherwise, x, mask.to(x.dtype))
+        taken, left = _bits(x), _bits(otherwise)
+        return (taken ^ left).bitwise_and_(_spread(mask, taken)).bitwise_xor_(left).view(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (mask,) = ctx.saved_tensors
-        taken = grad * mask
-        return None, taken if ctx.needs_input_grad[1] else None, grad - taken
+        if mask.device.type != "cpu":
+            return None, torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+        bits = _bits(grad)
+        spread = _spread(mask, bits)
+        taken = (bits & spread).view(grad.dtype)
+        return None, taken, spread.bitwise_not_().bitwise_and_(bits).view(grad.dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return x.view(BITS[x.element_size()])
+
+
+def _spread(mask: Tensor, bits: Tensor) -> Tensor:
+    """All bits of an element set where the mask is true, none elsewhere."""
+    return mask.to(bits.dtype).neg_()
 
 
 def qdrop(quantized: Tensor, x: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:

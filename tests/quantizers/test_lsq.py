@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quantizers.affine import multiples
+from quantizers.affine import multiples, within
 from quantizers.lsq import LSQ
 from quantizers.ranges import MinMax
 
@@ -40,6 +40,13 @@ def test_gradients_are_the_papers(options: dict, low: int, high: int) -> None:
         slope = low if v <= low else high if v >= high else round(v) - v
         assert quantizer.scale.grad.item() == pytest.approx(upstream[i].item() * slope * g, rel=1e-4, abs=1e-5)
         assert dx.item() == (upstream[i].item() if low < v < high else 0)
+
+
+def test_what_stands_on_a_bound_is_outside() -> None:
+    position = torch.tensor([-torch.inf, -3.1, -3.0, -2.9, 0.0, 3.9, 4.0, 4.1, torch.inf])
+    values = torch.arange(1.0, 10.0)
+    expected = torch.where((position > -3) & (position < 4), values, 0)
+    assert torch.equal(within(values, position, -3.0, 4.0), expected)
 
 
 def test_the_gradient_scale_counts_elements_and_levels() -> None:

@@ -43,18 +43,22 @@ def test_gradients_go_to_what_was_taken() -> None:
     assert torch.equal(quantized.grad, 1 - x.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_torchs_where_values_and_gradients(dtype: torch.dtype) -> None:
-    x, quantized, weight = (10 ** (torch.randn(64, 3, 9, 9) * 8).clamp(-30, 30) * torch.randn(()) for _ in range(3))
-    ours = [t.to(dtype).requires_grad_() for t in (x, quantized)]
-    theirs = [t.to(dtype).requires_grad_() for t in (x, quantized)]
-    mixed = qdrop(ours[1], ours[0], 0.5, torch.Generator().manual_seed(0))
-    expected = torch.where(random_mask(x, 0.5, torch.Generator().manual_seed(0)), *theirs)
-    assert torch.equal(mixed, expected)
-    (mixed * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.grad, b.grad)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_against_torchs_where_values_and_gradients(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    draws = torch.randn(3, 64, 3, 9, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    draws.view(3, -1)[:, :6] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max])
+    draws = draws.view(3, -1)[:, torch.randperm(64 * 3 * 81)].view(draws.shape)  # each meets an ordinary number
+    x, quantized, upstream = (t.contiguous(memory_format=layout) for t in draws)
+    leaves = [t.clone().requires_grad_() for t in (x, quantized, x, quantized)]
+    mixed = qdrop(leaves[1], leaves[0], 0.5, torch.Generator().manual_seed(0))
+    expected = torch.where(random_mask(x, 0.5, torch.Generator().manual_seed(0)), leaves[2], leaves[3])
+    mixed.backward(upstream)
+    expected.backward(upstream)
+    pairs = [(mixed, expected), (leaves[0].grad, leaves[2].grad), (leaves[1].grad, leaves[3].grad)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(ours.signbit(), theirs.signbit())
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
