@@ -108,7 +108,14 @@ def build_reconstruction(
         share=share,
     )
     if phases == "closed_form":
-        cache = _cache(conversion, units, images, residency=residency, batch_size=forward_batch_size)
+        cache = _cache(
+            conversion,
+            units,
+            images,
+            residency=residency,
+            batch_size=forward_batch_size,
+            parallel=schedule == "parallel",
+        )
         measurement = Measurement(module.loss, len(images), holdout, seed=seed_of(seed, "holdout"))
         module.results = solve_units(cache, measurement)
     if not module.has_work and share == (0, 1):
@@ -136,7 +143,13 @@ def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:
 
 
 def _cache(
-    conversion: Conversion, units: Sequence[Unit], images: Tensor, *, residency: Residency, batch_size: int
+    conversion: Conversion,
+    units: Sequence[Unit],
+    images: Tensor,
+    *,
+    residency: Residency,
+    batch_size: int,
+    parallel: bool,
 ) -> ActivationCache:
     student, reference = conversion.student, conversion.reference
     device = next((t.device for t in (*student.parameters(), *student.buffers())), images.device)
@@ -148,4 +161,5 @@ def _cache(
         residency=residency,
         batch_size=batch_size,
         device=device,
+        parallel=parallel,
     )

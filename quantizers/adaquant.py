@@ -36,6 +36,7 @@ class AdaQuant(Quantizer):
         range_lr: learning rate of both ends of the range, as a share of the range (published: 1e-3, absolute).
         learn_range: whether scale and zero point are learned as well.
         absolute: take both rates in the unit of the weight, as published.
+        stated_for: steps that both rates are meant for; None: those that all of the reconstruction are.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class AdaQuant(Quantizer):
         range_lr: float = 1e-4,
         learn_range: bool = True,
         absolute: bool = False,
+        stated_for: int | None = None,
     ) -> None:
         grid = weight_grid(bits, symmetric=symmetric)
         super().__init__(grid, range, weight=weight, channel_axis=channel_axis, learn_scale=learn_range)
         self.weight_lr, self.range_lr, self.learn_range, self.absolute = weight_lr, range_lr, learn_range, absolute
+        self.stated_for = stated_for
         self.weight = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
         if learn_range and not symmetric:
             zero_point = self.zero_point
@@ -92,9 +95,8 @@ class AdaQuant(Quantizer):
             groups.append(self._group(self.zero_point, range_lr / scale, "scale"))
         return groups
 
-    @staticmethod
-    def _group(parameter: Tensor, lr: float, kind: str) -> dict[str, Any]:
-        return {"params": [parameter], "lr": lr, "anneal": "cosine", "kind": kind}
+    def _group(self, parameter: Tensor, lr: float, kind: str) -> dict[str, Any]:
+        return {"params": [parameter], "lr": lr, "anneal": "cosine", "kind": kind, "stated_for": self.stated_for}
 
     @torch.no_grad()
     def harden(self) -> None:

@@ -33,6 +33,7 @@ class FlexRound(Quantizer):
         range: how the first scale, and the zero point, are chosen.
         lr: learning rate of all logarithms.
         learn_scale: whether s1 is learned.
+        stated_for: steps that the rate is meant for; None: those that all of the reconstruction are.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class FlexRound(Quantizer):
         range: Range,
         lr: float = 3e-3,
         learn_scale: bool = True,
+        stated_for: int | None = None,
     ) -> None:
         super().__init__(weight_grid(bits, symmetric=symmetric), range, weight=weight, channel_axis=channel_axis)
-        self.lr = lr
+        self.lr, self.stated_for = lr, stated_for
         out_axis = 0 if channel_axis is None else channel_axis % weight.dim()
         self.log_s1 = nn.Parameter(torch.zeros_like(self.scale), requires_grad=learn_scale)
         self.log_S2 = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
@@ -81,9 +83,10 @@ class FlexRound(Quantizer):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The divisors S2, s3, s4 and the step s1, all at `lr`."""
         divisors = [p for p in (self.log_S2, self.log_s3, self.log_s4) if p is not None]
-        groups = [{"params": divisors, "lr": self.lr, "anneal": "cosine", "kind": "rounding"}]
+        rate = {"lr": self.lr, "anneal": "cosine", "stated_for": self.stated_for}
+        groups = [{"params": divisors, "kind": "rounding"} | rate]
         if self.log_s1.requires_grad:
-            groups.append({"params": [self.log_s1], "lr": self.lr, "anneal": "cosine", "kind": "scale"})
+            groups.append({"params": [self.log_s1], "kind": "scale"} | rate)
         return groups
 
     @torch.no_grad()

@@ -52,20 +52,19 @@ def adam_for_all(
     Args:
         epochs: in the order in which they are trained; the schedule counts optimiser steps.
         learnables: of each unit.
-        rates_stated_for: the steps of the longest phase that the learning rates are meant for. With fewer steps they
-            are raised in proportion, at most `LARGEST_RAISE` times, so that parameters can go as far; None: as stated.
-            Groups with `over_steps` state theirs for any number.
+        rates_stated_for: the steps of the longest phase that the learning rates are meant for, but for groups that
+            say so themselves (`stated_for`). With fewer steps they are raised in proportion, at most `LARGEST_RAISE`
+            times, so that parameters can go as far; None: as stated. Groups with `over_steps` state theirs for any
+            number.
     """
     slots: list[Slot] = []
     # by the longest phase: a shorter second one is short as published too, and its rate is stated for that
     longest = max((epoch.iterations for epoch in epochs), default=1)
-    raised = 1.0 if rates_stated_for is None else min(LARGEST_RAISE, max(1.0, rates_stated_for / longest))
     for k, epoch in enumerate(epochs):
         for group in learnables[epoch.unit].groups(epoch.phase):
             slot = _free_slot(slots, k, {name: group[name] for name in OPTIONS if name in group})
             slot.parameters.extend(group["params"])
-            factor = 1 / epoch.iterations if group.get("over_steps") else raised
-            slot.rates[k] = (factor * group["lr"], group["anneal"])
+            slot.rates[k] = (_factor(group, epoch, rates_stated_for, longest) * group["lr"], group["anneal"])
     ends = list(accumulate(epoch.iterations for epoch in epochs))
 
     def rate(slot: Slot, step: int) -> float:
@@ -80,6 +79,14 @@ def adam_for_all(
     if any("bounds" in slot.options for slot in slots):
         optimizer.register_step_post_hook(_project)
     return optimizer, LambdaLR(optimizer, [lambda step, slot=slot: rate(slot, step) for slot in slots])
+
+
+def _factor(group: dict[str, Any], epoch: Epoch, rates_stated_for: int | None, longest: int) -> float:
+    """What the rate that a group states is multiplied by in this epoch."""
+    if group.get("over_steps"):
+        return 1 / epoch.iterations
+    stated_for = group.get("stated_for") or rates_stated_for
+    return 1.0 if stated_for is None else min(LARGEST_RAISE, max(1.0, stated_for / longest))
 
 
 def _free_slot(slots: list[Slot], epoch: int, options: dict[str, Any]) -> Slot:

@@ -7,13 +7,16 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from quantizers.gptq import GPTQ
 from quantizers.ranges import MinMax
 from tests.configuration import CONF, options
+from tests.contract.test_quantizers import factory
 from tests.lightning_modules.test_block_reconstruction import trainer_of
 from tests.reconstruction.students import images, resnet8, student_of
 
@@ -53,6 +56,37 @@ def closed_form_units(module: Any) -> list[str]:
 @pytest.mark.parametrize("option", options("reconstruction"))
 def test_every_option_learns_all_units_to_finite_errors(option: str) -> None:
     check(learned(option))
+
+
+class Middle(nn.Sequential):
+    """Three convolutions, of which the second is the one at few bits."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+LEARNED = [
+    option
+    for option in options("weight")
+    if not option.endswith("_published")  # stated for lengths of their own
+    and option != "signround"  # published, and there the best of all steps is kept; see docs/methods/signround.md
+    and factory("weight", option)(torch.randn(2, 2), 4).parameter_groups()
+]
+
+
+@pytest.mark.parametrize("option", LEARNED)
+def test_every_learned_rounding_is_better_than_the_nearest_in_the_default_steps(option: str) -> None:
+    x = torch.nn.functional.avg_pool2d(images(64, size=20, channels=3), 3, stride=1)  # neighbours alike, as in images
+    student = student_of(
+        Middle().eval(), x, bits=(3, 8), weight=factory("weight", option), activation=factory("activation", "lsq")
+    )
+    cfg = option_of("fast", "reconstruction.batch_size=16", "reconstruction.granularity=layer")
+    module, datamodule = instantiate(cfg)(conversion=student, images=x, seed=0, holdout=0.25)
+    trainer_of(module).fit(module, datamodule=datamodule)
+    row = module.results[1]
+    assert row["error_hard_holdout"] < row["error_nearest_holdout"], row
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -40,6 +40,16 @@ def widths(folder: Path, kind: str) -> list[int]:
     return [int(row["bits"]) for row in rows if row["kind"] == kind]
 
 
+@pytest.mark.parametrize("pipeline", ["light", "advanced"])
+def test_the_papers_pipelines_take_an_allocation(pipeline: str, tmp_path: Path) -> None:
+    search = ["allocation=integer_program", "allocation.weight_bits=[2,4,8]", "allocation.budget.average_bits=4"]
+    facts = run([*SMALL, "calibration=noise", f"pipeline={pipeline}", *search], tmp_path)
+    assert facts["row"]["recipe"] == pipeline
+    assert facts["allocation"]["average_weight_bits"] <= 4.01
+    assert len(set(widths(tmp_path, "weight"))) > 1
+    assert facts["corrections"][0]["correction"] == "bn_reestimation"
+
+
 def test_a_searched_allocation_is_saved_drawn_and_loads_again(tmp_path: Path) -> None:
     program = [*PROGRAM, "allocation.method.count=3", "allocation.additivity=6", *WIDTHS]
     facts = run(program, tmp_path / "a", tmp_path / "store")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.reconstruction import build_reconstruction
 from quantizers.convert import Conversion
 from quantizers.gptq import GPTQ
-from quantizers.layer import quantized_layers
+from quantizers.layer import float_mode, quantized_layers
 from quantizers.nearest import Nearest, NearestActivation
 from quantizers.obq import OBQ
 from quantizers.ranges import MinMax
@@ -76,12 +77,15 @@ def test_the_hessian_is_the_same_however_many_images_are_unfolded_at_a_time(monk
     torch.testing.assert_close(hessian(nn.Linear(7, 3), tokens), hessian(nn.Linear(7, 3), tokens.flatten(0, 1)))
 
 
-def one_layer_after_the_other(conversion: Conversion, x: Tensor) -> None:
-    """The oracle: the whole student for each layer, its inputs taken by a hook, nothing cached."""
+def one_layer_after_the_other(conversion: Conversion, x: Tensor, schedule: str = "sequential") -> None:
+    """The oracle: the whole student for each layer, its inputs taken by a hook, nothing cached.
+
+    In parallel everything before a layer is float.
+    """
     for _, layer in quantized_layers(conversion.student):
         seen: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
+        with torch.no_grad(), float_mode(conversion.student) if schedule == "parallel" else nullcontext():
             conversion.student(x)
         handle.remove()
         convolution = layer.layer
@@ -118,12 +122,13 @@ def separable() -> nn.Module:
         return Separable().eval()
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
 @pytest.mark.parametrize(("build", "channels"), [(resnet8, 1), (separable, 4)])
-def test_equals_solving_each_layer_in_the_whole_student(build: Any, channels: int) -> None:
+def test_equals_solving_each_layer_in_the_whole_student(build: Any, channels: int, schedule: str) -> None:
     x = images(24, channels=channels)
     ours, oracle = gptq_student(build(), x), gptq_student(build(), x)
-    rows = solved(ours, x)
-    one_layer_after_the_other(oracle, x)
+    rows = solved(ours, x, schedule=schedule)
+    one_layer_after_the_other(oracle, x, schedule)
     pairs = zip(quantized_layers(ours.student), quantized_layers(oracle.student), strict=True)
     for (name, layer), (_, expected) in pairs:
         q, other = layer.weight_quantizer.rounded, expected.weight_quantizer.rounded  # type: ignore[union-attr]

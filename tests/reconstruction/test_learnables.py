@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantizers.adaquant import AdaQuant
+from quantizers.flexround import FlexRound
 from quantizers.genie_m import GenieM
 from quantizers.ranges import MinMax
 from quantizers.signround import SignRound
@@ -72,6 +73,18 @@ def test_rates_stated_for_more_steps_are_raised_in_proportion(stated: int | None
     raised, _ = adam_for_all(epochs, units, rates_stated_for=stated)
     for a, b in zip(plain.param_groups, raised.param_groups, strict=True):
         assert b["lr"] == pytest.approx(raise_by * a["lr"])
+
+
+def test_a_rounding_may_state_the_steps_of_its_own_rates() -> None:
+    units = units_of(weight=partial(FlexRound, range=MinMax(), lr=1e-3, stated_for=20))
+    epochs = [Epoch("joint", k, 4) for k, unit in enumerate(units) if unit.groups("joint")]
+    optimizer, _ = adam_for_all(epochs, units, rates_stated_for=40)
+    own = {id(p) for unit in units for group in unit.groups("joint") if "stated_for" in group for p in group["params"]}
+    assert own
+    for slot in optimizer.param_groups:
+        for parameter in slot["params"]:
+            group = next(g for u in units for g in u.groups("joint") if any(p is parameter for p in g["params"]))
+            assert slot["lr"] == pytest.approx((5 if id(parameter) in own else 10) * group["lr"])
 
 
 def test_groups_with_other_options_have_slots_of_their_own() -> None:
