@@ -48,6 +48,22 @@ CARDS = {  # by card: what the column `images` says in rows about it
     "controls": ("none", "uniform_noise", "noise", "coloured_noise", "real"),
 }
 CARD_FILES = ("synthesis_cifar10", "bn_free")
+PIVOT_CARDS = {  # by document: how the methods that it is about begin in the table of calibration_cifar10
+    "docs/methods/adaround.md": ("adaround, block", "adaround, layer"),
+    "docs/methods/adaquant.md": ("adaquant", "pipeline advanced"),
+    "docs/methods/genie_m.md": ("genie_m",),
+    "docs/methods/flexround.md": ("flexround",),
+    "docs/methods/signround.md": ("signround",),
+    "docs/methods/squant.md": ("squant", "nearest", "pipeline calibrant_light"),
+    "docs/methods/nearest.md": ("nearest",),
+    "docs/methods/gptq.md": ("gptq", "nearest"),
+    "docs/methods/obq.md": ("obq", "gptq"),
+    "docs/methods/merged.md": ("adaround, block", "adaround, merged", "adaround, stage", "adaround, network"),
+    "docs/methods/qdrop.md": ("adaround, block",),
+    "docs/methods/brecq.md": ("adaround, block", "adaround, layer"),
+    "docs/methods/bn_reestimation.md": ("pipeline light", "pipeline calibrant_light"),
+    "docs/pipelines.md": ("pipeline",),
+}
 # What tells settings apart. Files from before a column was there lack it: then it stays empty.
 SETTING = (
     "network", "protocol", "w_bits", "a_bits", "images", "image_count", "generator_steps", "weight", "activation",
@@ -167,6 +183,13 @@ def method(row: dict[str, str]) -> str:
     return ", ".join(parts + [told.get(text, text) for text in (f"{k}={v}" for k, v in sorted(settings.items()))])
 
 
+def pivot_card(methods: tuple[str, ...]) -> list[str]:
+    """Lines of a card: the rows of these methods as they stand in the table of all, whose best is bold."""
+    rows = rows_of("calibration_cifar10")
+    lines = pivot(rows)
+    return [*lines[:2], *(line for line in lines[2:] if line.removeprefix("| ").startswith(methods)), ""]
+
+
 def pivot(rows: list[dict[str, str]]) -> list[str]:
     """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and mean seconds."""
     kinds = sorted({row["images"] for row in rows}, key=lambda kind: kind == "real")
@@ -210,7 +233,9 @@ def main() -> None:
         document: [line for name, title in titles.items() if rows_of(name) for line in table(name, title)]
         + [line for name, title in PIVOTS.get(document, {}).items() if rows_of(name) for line in pivoted(name, title)]
         for document, titles in TABLES.items()
-    } | {f"docs/methods/{name}.md": card(images) for name, images in CARDS.items()}
+    }
+    tables |= {f"docs/methods/{name}.md": card(images) for name, images in CARDS.items()}
+    tables |= {document: pivot_card(methods) for document, methods in PIVOT_CARDS.items()}
     for document, lines in tables.items():
         path = ROOT / document
         text = path.read_text()
