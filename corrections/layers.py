@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from quantizers.layer import WEIGHTED, QuantizedLayer, output_first, own_layout
 from quantizers.trace import Trace
 
+log = logging.getLogger(__name__)
 NUDGE = 1e-6  # relative; some units of the last place, far less than a step
 
 
@@ -91,8 +93,11 @@ def _with_integers(module: QuantizedLayer, weight: Tensor, wanted: Tensor) -> Te
     for _ in range(4):
         off = module.weight_quantizer.integers(weight)[0] - wanted
         if not bool(off.any()):
-            break
+            return weight
         weight = weight - off.sign() * weight.abs() * NUDGE
+    if moved := int((module.weight_quantizer.integers(weight)[0] != wanted).sum()):
+        shape = "x".join(map(str, weight.shape))
+        log.warning("%d weights of a layer (%s) went to a neighbouring level when its scales changed", moved, shape)
     return weight
 
 

@@ -137,7 +137,8 @@ def plain_loop(
             cosine = [g["anneal"] == "cosine" for g in groups]
             factors = [(lambda t, c=c: 0.5 * (1 + math.cos(math.pi * t / iterations)) if c else 1.0) for c in cosine]
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-            sizes = [q.V.numel() for q in rounded]
+            soft = [q for q in rounded if isinstance(q, AdaRound)]
+            sizes = [q.V.numel() for q in soft]
             for t, index in enumerate(index_batches(len(x), batch_size, iterations, seed=seed_of(seed, "joint", k))):
                 inputs = x_q[index]
                 if drop:
@@ -147,9 +148,7 @@ def plain_loop(
                         site.train()
                         site.drop, site.generator = drop, generator
                 error = error_of(student(inputs)[0], index) / entry
-                penalty = sum(
-                    n / sum(sizes) * q.regularizer(t / iterations) for q, n in zip(rounded, sizes, strict=True)
-                )
+                penalty = sum(n / sum(sizes) * q.regularizer(t / iterations) for q, n in zip(soft, sizes, strict=True))
                 optimizer.zero_grad()
                 (error + 0.1 * penalty).backward()
                 optimizer.step()
@@ -167,20 +166,21 @@ OBJECTIVES = {"mse": PowerError(), "fisher": DiagonalFisher(), "pd": PredictionD
 
 
 @pytest.mark.parametrize(
-    ("drop", "objective", "parallel"),
+    ("drop", "objective", "parallel", "weight"),
     [
-        (0.0, "mse", False),
-        (0.5, "mse", False),
-        (0.0, "fisher", False),
-        (0.5, "fisher", True),
-        (0.5, "pd", False),
-        (0.0, "mse", True),
+        (0.0, "mse", False, None),
+        (0.5, "mse", False, None),
+        (0.0, "fisher", False, None),
+        (0.5, "fisher", True, None),
+        (0.5, "pd", False, None),
+        (0.0, "mse", True, None),
+        (0.5, "mse", False, partial(AdaQuant, range=MinMax(), weight_lr=0.05)),
     ],
 )
-def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: bool) -> None:
+def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: bool, weight: Any) -> None:
     x = images(10)
-    one = student_of(resnet8(), x)
-    other = student_of(resnet8(), x)
+    one = student_of(resnet8(), x, weight=weight)
+    other = student_of(resnet8(), x, weight=weight)
     start = copy.deepcopy(one.student)
     learn(one, x, drop=drop, objective=OBJECTIVES[objective], schedule="parallel" if parallel else "sequential")
     plain_loop(other, x, iterations=5, batch_size=4, drop=drop, seed=3, objective=objective, parallel=parallel)
