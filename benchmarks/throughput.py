@@ -4,7 +4,8 @@
 
 Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of
 the same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
-forward, loss, backward and Adam on the same unit. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n
+forward, loss, backward and Adam on the same unit, with our quantizers; and of QDrop's over a loop in which quantizers
+and dropping are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n
 steps a unit, with the activations between units, over the same loops and nothing else. Rounds alternate between the
 two, so that other load on the machine falls on both; the figure is the ratio of the medians over rounds.
 """
@@ -27,6 +28,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from benchmarks.plain_torch import PlainStep
 from callbacks.report import write_csv
 from callbacks.run_record import commit, machine
 from lightning_modules.job import quieten
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "throughput.csv"
 CASES = {"cifar10_resnet20": 64, "resnet18": 8}  # network -> batch of both loops
 LEAST_STEPS = 3
+BLOCK = 2  # the unit whose steps are timed: past the first layer
 
 Stage = Callable[[Any, Teacher, int, int], tuple[float, float]]
 
@@ -103,17 +106,36 @@ def synthesis(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float
 
 
 def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
-    """Seconds of our step and of a plain loop's, on the network's second block."""
+    """Seconds of our step and of a plain loop's with our quantizers, on the network's second block."""
+    ours, conversion, images = reconstruction_step(cfg, teacher, batch)
+    return ours, plain_reconstruction(cfg, conversion, images, BLOCK, steps)
+
+
+def reconstruction_in_plain_torch(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
+    """Seconds of our step and of a loop in which nothing is ours."""
+    ours, conversion, images = reconstruction_step(cfg, teacher, batch)
+    module, cache = opened(cfg, conversion, images)
+    module.enter(BLOCK, cache)
+    step = PlainStep(
+        cache.student_module,
+        (cache.student_inputs[0], cache.teacher_inputs[0]),
+        cache.targets[0],
+        batch_size=cfg.reconstruction.batch_size,
+        drop=cfg.reconstruction.drop,
+    )
+    return ours, plain_timed(step, steps)
+
+
+def reconstruction_step(cfg: Any, teacher: Teacher, batch: int) -> tuple[float, Any, Tensor]:
+    """Seconds of our step on one block, the student that took it, and its images."""
     images = torch.randn(batch, *teacher.input_size)
     parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
     conversion = convert(teacher.network, teacher.example(), *parts)
     calibrate_ranges(conversion.student, images, batch)
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
-    target_epoch = 2
-    module.epochs = module.epochs[: target_epoch + 1]
-    arguments = module.trainer_arguments() | {"max_epochs": target_epoch + 1}
-    ours = fit_timed(module, datamodule, epoch=target_epoch, **arguments)
-    return ours, plain_reconstruction(cfg, conversion, images, target_epoch, steps)
+    module.epochs = module.epochs[: BLOCK + 1]
+    arguments = module.trainer_arguments() | {"max_epochs": BLOCK + 1}
+    return fit_timed(module, datamodule, epoch=BLOCK, **arguments), conversion, images
 
 
 def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
@@ -182,11 +204,11 @@ def whole_network(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[f
     return ours / total, bare / total
 
 
-def composed(network: str, generator: str, options: argparse.Namespace) -> Any:
+def composed(network: str, generator: str, reconstruction: str, options: argparse.Namespace) -> Any:
     """The configuration of a case: random weights, few steps, few noise images, the batch of the bare loop."""
     overrides = [f"model={network}", "model.pretrained=false", f"generator={generator}"]
     overrides += [f"generator.batch_size={CASES[network]}", f"generator.steps={options.steps}"]
-    overrides += [f"reconstruction={options.reconstruction}", f"reconstruction.iterations={options.steps}"]
+    overrides += [f"reconstruction={reconstruction}", f"reconstruction.iterations={options.steps}"]
     if generator.startswith("dsg"):
         overrides += ["generator.slack.images=8", "generator.lse=false"]  # LSE ties the batch to the layers
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -194,15 +216,17 @@ def composed(network: str, generator: str, options: argparse.Namespace) -> Any:
 
 
 def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each generator, and one for reconstruction."""
+    """A row for each generator, and two for reconstruction."""
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float]] = [("synthesis", name, synthesis, 1.25) for name in options.generators]
     cases.append(("reconstruction", options.reconstruction, reconstruction, 1.15))
+    cases.append(("reconstruction, all plain", "qdrop", reconstruction_in_plain_torch, 1.15))
     if options.whole:
         cases.append(("whole network", options.reconstruction, whole_network, 1.15))
     rows = []
     for stage, preset, function, goal in cases:
-        cfg = composed(network, preset if stage == "synthesis" else options.generators[0], options)
+        generator, learned = (preset, "none") if stage == "synthesis" else (options.generators[0], preset)
+        cfg = composed(network, generator, learned, options)
         steps = options.steps
         if stage == "whole network":
             steps = cfg.reconstruction.iterations = options.whole
@@ -221,7 +245,7 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
         print(
-            f"{network:18} {stage:15} {preset:20} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  "
+            f"{network:18} {stage:25} {preset:20} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  "
             f"bare {bare:.4f} s",
             flush=True,
         )

@@ -21,7 +21,7 @@ from quantizers.layer import quantizers_of
 from quantizers.qdrop import qdrop
 from reconstruction.activations import ActivationCache
 from reconstruction.learnables import learnables_of
-from reconstruction.measurement import Measurement, relative, warn_if_soft
+from reconstruction.measurement import Measurement, as_soft, relative, warn_if_soft
 from reconstruction.objectives import UnitLoss
 from reconstruction.optimizer import adam_for_all, plan
 from reconstruction.partition import Unit
@@ -249,9 +249,10 @@ class BlockReconstructionModule(pl.LightningModule):
         learnables = self.learnables[epoch.unit]
         self.switches.deploy(epoch.phase)
         soft_fraction = learnables.soft_fraction()
-        errors = entry | self.measurement.errors(self.cache, "soft")
+        soft = self.measurement.errors(self.cache, "soft") if soft_fraction else {}
         learnables.harden()
-        errors |= self.measurement.errors(self.cache, "hard")
+        hard = self.measurement.errors(self.cache, "hard")
+        errors = entry | (soft or as_soft(hard)) | hard
         row = relative(errors) | {"soft_fraction": soft_fraction, "seconds": time.monotonic() - self.started}
         name = self.units[epoch.unit].name
         self._log({f"reconstruction/{name}/{key}": value for key, value in row.items()})

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from quantizers.hessian import ClosedForm
 from quantizers.layer import CONVOLUTIONS, QuantizedLayer, output_first, quantized_layers
 from reconstruction.activations import ActivationCache
-from reconstruction.measurement import Measurement, relative
+from reconstruction.measurement import Measurement, as_soft, relative
 
 log = logging.getLogger(__name__)
 ELEMENTS = 2**24  # of the unfolded inputs made at a time: 128 MiB
@@ -55,7 +55,7 @@ def solve_units(cache: ActivationCache, measurement: Measurement) -> list[dict[s
             _solve_layer(cache, layer, name, measurement.kept)
         solved |= layers.keys()
         after = measurement.errors(cache, "hard")
-        errors |= {name.replace("hard", "soft"): value for name, value in after.items()} | after
+        errors |= as_soft(after) | after
         row = relative(errors) | {"soft_fraction": 0.0, "seconds": time.monotonic() - started}
         log.info("%s: error %.2e, nearest %.2e", unit.name, row["error_hard"], row["error_nearest"])
         rows.append({"unit": unit.name, "phase": "closed_form"} | row)

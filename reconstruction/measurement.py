@@ -74,6 +74,11 @@ class Measurement:
         return means | ({f"{name}_holdout": float(values[self.held].mean())} if len(self.held) else {})
 
 
+def as_soft(hard: dict[str, float]) -> dict[str, float]:
+    """`error_soft` of a unit in which nothing was soft: the errors after hardening."""
+    return {name.replace("hard", "soft"): value for name, value in hard.items()}
+
+
 def relative(errors: Mapping[str, float]) -> dict[str, Any]:
     """The errors as shares of the target's power on the same images."""
     powers = {name: value for name, value in errors.items() if name.startswith("power")}
