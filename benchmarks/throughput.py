@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -271,6 +272,7 @@ def main() -> None:
         )
     torch.set_num_threads(options.threads)
     quieten()
+    logging.getLogger("reconstruction").setLevel(logging.ERROR)  # so few steps decide nothing
     rows = [row for network in options.network for row in measure(network, options)]
     old: list[dict[str, Any]] = []
     if RESULTS.exists():
