@@ -101,6 +101,8 @@ def test_presets_are_what_their_names_say() -> None:
     assert names["adaquant"].schedule == "sequential"
     assert names["adaquant_parallel"] == OmegaConf.merge(names["adaquant"], {"schedule": "parallel"})
     assert names["genie_m"] == names["qdrop"]
+    assert names["flexround"] == OmegaConf.merge(names["qdrop"], {"iterations": 5000})
+    assert names["signround"] == OmegaConf.merge(names["qdrop"], {"iterations": 200, "batch_size": 8, "drop": 0.0})
     assert "fisher" in names["brecq_fisher"].objective._target_
     assert set(names["brecq_fisher"].objective) == {"_target_"}
     assert (names["pd_quant"].objective.weight, names["pd_quant"].objective.temperature) == (10.0, 4.0)
