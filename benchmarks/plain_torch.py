@@ -34,14 +34,13 @@ class PlainLSQ(nn.Module):
     def __init__(self, quantizer: LSQ, drop: float) -> None:
         super().__init__()
         self.scale = nn.Parameter(quantizer.scale.detach().clone())
-        self.zero_point = quantizer.zero_point.detach().clone()
-        self.low, self.high, self.drop = quantizer.grid.low, quantizer.grid.high, drop
+        zero_point, grid = float(quantizer.zero_point), quantizer.grid
+        self.low, self.high, self.levels, self.drop = grid.low - zero_point, grid.high - zero_point, grid.high, drop
 
     def forward(self, x: Tensor) -> Tensor:
-        share = 1 / (x.numel() * self.high) ** 0.5
+        share = 1 / (x.numel() * self.levels) ** 0.5
         scale = (self.scale - self.scale * share).detach() + self.scale * share
-        inside = torch.clamp(x / scale, self.low - self.zero_point, self.high - self.zero_point)
-        quantized = round_straight_through(inside) * scale
+        quantized = round_straight_through(torch.clamp(x / scale, self.low, self.high)) * scale
         return mixed(quantized, x, self.drop) if self.training and self.drop else quantized
 
 
@@ -88,7 +87,9 @@ def plain(unit: fx.GraphModule, drop: float) -> fx.GraphModule:
 
 def _as(kind: type[Any], quantizer: Any, path: str) -> Any:
     if not isinstance(quantizer, kind):
-        raise ValueError(f"{path}: expected {kind.__name__}, got {type(quantizer).__name__}; choose weight=adaround")
+        raise ValueError(
+            f"{path}: expected {kind.__name__}, got {type(quantizer).__name__}; choose weight=adaround activation=lsq"
+        )
     return quantizer
 
 

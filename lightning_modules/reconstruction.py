@@ -71,7 +71,8 @@ def build_reconstruction(
         normalization: see `UnitLoss`.
         objective: the error of a unit; None: the squared error.
         bias_lr: learning rate of biases; None leaves them.
-        rates_stated_for: steps that the quantizers' learning rates are meant for; with fewer they are raised.
+        rates_stated_for: steps that learning rates are meant for, but for quantizers that say so themselves; with fewer
+            they are raised.
         holdout: share of the images that is never learned from.
         residency: where activations are kept: auto, device, cpu, half or disk.
         forward_batch_size: images per forward between units.

@@ -36,7 +36,7 @@ class AdaQuant(Quantizer):
         range_lr: learning rate of both ends of the range, as a share of the range (published: 1e-3, absolute).
         learn_range: whether scale and zero point are learned as well.
         absolute: take both rates in the unit of the weight, as published.
-        stated_for: steps that both rates are meant for; None: those that all of the reconstruction are.
+        stated_for: steps that both rates are meant for; None: as many as the reconstruction says.
     """
 
     def __init__(

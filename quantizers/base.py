@@ -144,7 +144,8 @@ class Quantizer(nn.Module, ABC):
         ("rounding", "scale" or "weight"); empty if nothing is learned. Read after the range was set.
 
         A group may also state Adam's `betas` and `eps`; `bounds`, the interval that its parameters are projected onto
-        after each step; and `over_steps`: true where `lr` is to be divided by the number of steps.
+        after each step; `over_steps`: true where `lr` is to be divided by the number of steps; and `stated_for`: the
+        steps that `lr` is meant for, where these are not the reconstruction's.
         """
         return []
 

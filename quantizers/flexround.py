@@ -33,7 +33,7 @@ class FlexRound(Quantizer):
         range: how the first scale, and the zero point, are chosen.
         lr: learning rate of all logarithms.
         learn_scale: whether s1 is learned.
-        stated_for: steps that the rate is meant for; None: those that all of the reconstruction are.
+        stated_for: steps that the rate is meant for; None: as many as the reconstruction says.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, arXiv 2208.11580, section 3: a convolution is a linear
 layer on unfolded inputs. We deviate in two places: inputs are those of the quantized units before, weights and
-activations, for every image; and each group of a convolution has a Hessian of its own.
+activations, for every image (in the parallel schedule those of the float network); and each group of a convolution has
+a Hessian of its own.
 """
 
 from __future__ import annotations
