@@ -155,7 +155,7 @@ def test_groups_hold_every_parameter_once(method: type) -> None:
     assert sorted(map(id, grouped)) == sorted(id(p) for p in quantizer.parameters() if p.requires_grad)
     for group in quantizer.parameter_groups():
         assert set(group) >= {"params", "lr", "anneal", "kind"}
-        assert set(group) <= {"params", "lr", "anneal", "kind", "betas", "eps", "bounds", "over_steps"}
+        assert set(group) <= {"params", "lr", "anneal", "kind", "betas", "eps", "bounds", "over_steps", "stated_for"}
         assert group["kind"] in ("rounding", "scale", "weight")
         assert group["anneal"] in ("constant", "cosine", "linear")
         assert isinstance(group["lr"], float)
