@@ -184,10 +184,8 @@ def method(row: dict[str, str]) -> str:
     return ", ".join(parts + [told.get(text, text) for text in (f"{k}={v}" for k, v in sorted(settings.items()))])
 
 
-def pivot_card(methods: tuple[str, ...]) -> list[str]:
+def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:
     """Lines of a card: the rows of these methods as they stand in the table of all, whose best is bold."""
-    rows = rows_of("calibration_cifar10")
-    lines = pivot(rows)
     return [*lines[:2], *(line for line in lines[2:] if line.removeprefix("| ").startswith(methods)), ""]
 
 
@@ -236,7 +234,8 @@ def main() -> None:
         for document, titles in TABLES.items()
     }
     tables |= {f"docs/methods/{name}.md": card(images) for name, images in CARDS.items()}
-    tables |= {document: pivot_card(methods) for document, methods in PIVOT_CARDS.items()}
+    every = pivot(rows_of("calibration_cifar10"))
+    tables |= {document: pivot_card(every, methods) for document, methods in PIVOT_CARDS.items()}
     for document, lines in tables.items():
         path = ROOT / document
         text = path.read_text()

@@ -108,15 +108,13 @@ def synthesis(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float
 
 def reconstruction(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
     """Seconds of our step and of a plain loop's with our quantizers, on the network's second block."""
-    ours, conversion, images = reconstruction_step(cfg, teacher, batch)
-    return ours, plain_reconstruction(cfg, conversion, images, BLOCK, steps)
+    ours, module, cache = reconstruction_step(cfg, teacher, batch)
+    return ours, plain_timed(plain_step(cfg, module, cache, BLOCK, batch), steps)
 
 
 def reconstruction_in_plain_torch(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
     """Seconds of our step and of a loop in which nothing is ours."""
-    ours, conversion, images = reconstruction_step(cfg, teacher, batch)
-    module, cache = opened(cfg, conversion, images)
-    module.enter(BLOCK, cache)
+    ours, _, cache = reconstruction_step(cfg, teacher, batch)
     step = PlainStep(
         cache.student_module,
         (cache.student_inputs[0], cache.teacher_inputs[0]),
@@ -127,23 +125,25 @@ def reconstruction_in_plain_torch(cfg: Any, teacher: Teacher, batch: int, steps:
     return ours, plain_timed(step, steps)
 
 
-def reconstruction_step(cfg: Any, teacher: Teacher, batch: int) -> tuple[float, Any, Tensor]:
-    """Seconds of our step on one block, the student that took it, and its images."""
+def reconstruction_step(cfg: Any, teacher: Teacher, batch: int) -> tuple[float, Any, Any]:
+    """Seconds of our step on one block; a module and its activations at that block, for other loops."""
     images = torch.randn(batch, *teacher.input_size)
-    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-    conversion = convert(teacher.network, teacher.example(), *parts)
-    calibrate_ranges(conversion.student, images, batch)
+    conversion = calibrated(cfg, teacher, images)
     module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
     module.epochs = module.epochs[: BLOCK + 1]
     arguments = module.trainer_arguments() | {"max_epochs": BLOCK + 1}
-    return fit_timed(module, datamodule, epoch=BLOCK, **arguments), conversion, images
-
-
-def plain_reconstruction(cfg: Any, conversion: Any, images: Tensor, epoch: int, steps: int) -> float:
-    """Seconds a step of a loop without Lightning on the same unit: forward, loss, backward, Adam."""
+    ours = fit_timed(module, datamodule, epoch=BLOCK, **arguments)
     module, cache = opened(cfg, conversion, images)
-    module.enter(epoch, cache)
-    return plain_timed(plain_step(cfg, module, cache, epoch, len(images)), steps)
+    module.enter(BLOCK, cache)
+    return ours, module, cache
+
+
+def calibrated(cfg: Any, teacher: Teacher, images: Tensor) -> Any:
+    """The student before reconstruction."""
+    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
+    conversion = convert(teacher.network, teacher.example(), *parts)
+    calibrate_ranges(conversion.student, images, len(images))
+    return conversion
 
 
 def opened(cfg: Any, conversion: Any, images: Tensor) -> tuple[Any, Any]:
@@ -179,21 +179,15 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
 def whole_network(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
     """Seconds a step over all units, activations between them and measurements included, and of bare loops alone."""
     images = torch.randn(batch, *teacher.input_size)
-    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
-
-    def calibrated() -> Any:
-        conversion = convert(teacher.network, teacher.example(), *parts)
-        calibrate_ranges(conversion.student, images, batch)
-        return conversion
-
-    module, datamodule = instantiate(cfg.reconstruction)(conversion=calibrated(), images=images, seed=0)
+    conversion = calibrated(cfg, teacher, images)
+    module, datamodule = instantiate(cfg.reconstruction)(conversion=conversion, images=images, seed=0)
     total = sum(epoch.iterations for epoch in module.epochs)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **module.trainer_arguments())
     begin = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     ours = time.perf_counter() - begin
-    module, cache = opened(cfg, calibrated(), images)
+    module, cache = opened(cfg, calibrated(cfg, teacher, images), images)
     bare = 0.0
     for index, epoch in enumerate(module.epochs):
         module.enter(index, cache)

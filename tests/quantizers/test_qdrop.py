@@ -46,10 +46,12 @@ def test_gradients_go_to_what_was_taken() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_against_torchs_where_values_and_gradients(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    draws = torch.randn(3, 64, 3, 9, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
-    draws.view(3, -1)[:, :6] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max])
-    draws = draws.view(3, -1)[:, torch.randperm(64 * 3 * 81)].view(draws.shape)  # each meets an ordinary number
-    x, quantized, upstream = (t.contiguous(memory_format=layout) for t in draws)
+    generator = torch.Generator().manual_seed(1)
+    special = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max], dtype=dtype)
+    draws = torch.randn(3, 64 * 3 * 9 * 9, generator=generator).to(dtype)
+    for row in draws:  # in places of its own, so that each meets ordinary numbers
+        row[torch.randperm(len(row), generator=generator)[:600]] = special.repeat(100)
+    x, quantized, upstream = (row.view(64, 3, 9, 9).contiguous(memory_format=layout) for row in draws)
     leaves = [t.clone().requires_grad_() for t in (x, quantized, x, quantized)]
     mixed = qdrop(leaves[1], leaves[0], 0.5, torch.Generator().manual_seed(0))
     expected = torch.where(random_mask(x, 0.5, torch.Generator().manual_seed(0)), leaves[2], leaves[3])
