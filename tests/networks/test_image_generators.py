@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from networks.image_generators import (
@@ -12,6 +14,8 @@ from networks.image_generators import (
     ConditionalNorm,
     LatentGenerator,
     SuperposedGenerator,
+    Trunk,
+    upsampled_convolution,
 )
 
 K, LATENT = 5, 7
@@ -69,6 +73,39 @@ def test_draws_have_the_distribution_of_torchs_own_initialisation() -> None:
         assert float(parameter.detach().std()) == pytest.approx(float(fresh[name].std()), rel=0.05)
         assert float(parameter.detach().abs().max()) == pytest.approx(float(fresh[name].abs().max()), rel=0.05)
     assert generator.embedding is not None
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_upsampled_convolution_against_torchs_interpolation_and_convolution(
+    count: int, channels: int, out: int, height: int, width: int, bias: bool
+) -> None:
+    conv = nn.Conv2d(channels, out, 3, padding=1, bias=bias, dtype=torch.float64)
+    x = torch.randn(count, channels, height, width, dtype=torch.float64, requires_grad=True)
+    wanted = conv(F.interpolate(x, scale_factor=2))
+    got = upsampled_convolution(x, conv)
+    torch.testing.assert_close(got, wanted)
+    learned = [x, *conv.parameters()]
+    pull = torch.randn_like(wanted)
+    for mine, reference in zip(
+        torch.autograd.grad(got, learned, pull), torch.autograd.grad(wanted, learned, pull), strict=True
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("middle", [False, True])
+def test_trunk_against_the_published_order_of_layers(middle: bool) -> None:
+    trunk = Trunk((3, 10, 8), LATENT, middle=middle).double()
+    z = torch.randn(6, LATENT, dtype=torch.float64)
+    x = trunk.norm0(trunk.linear(z).view(6, -1, 3, 2))
+    if trunk.conv1 is not None and trunk.norm1 is not None:
+        x = F.leaky_relu(trunk.norm1(trunk.conv1(F.interpolate(x, scale_factor=2))), 0.2)
+    else:  # GENIE's: a convolution after each of the two upsamplings, and no other
+        assert trunk.conv1 is trunk.norm1 is None
+    x = F.interpolate(x, scale_factor=2)
+    x = F.leaky_relu(trunk.norm2(trunk.conv2(x)), 0.2)
+    if not middle:
+        x = F.interpolate(x, scale_factor=2)
+    torch.testing.assert_close(trunk(z), trunk.last(trunk.conv3(x)[:, :, :10, :8].tanh()))
 
 
 def test_conditional_normalisation_against_a_loop_over_samples() -> None:
