@@ -137,7 +137,8 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a results csv from a run's facts: the columns every results file has, then what helps to repeat it."""
     metrics, config, choices = facts["metrics"], facts["config"], facts["choices"]
     allocation = facts.get("allocation", {})
-    synthetic = facts["images"]["origin"] == "synthetic"
+    origin = facts["images"]["origin"] + ("+generated" if facts["images"].get("added") else "")
+    synthetic = origin == "synthetic"
     stages = all_stages(facts)
     return {
         "network": facts["teacher"]["name"],
@@ -145,7 +146,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": config["protocol"]["name"],
         "w_bits": config["bits"]["weight"],
         "a_bits": config["bits"]["activation"],
-        "images": choices.get("generator") if synthetic else facts["images"]["origin"],
+        "images": choices.get("generator") if synthetic else origin,
         "image_count": facts["images"]["count"],
         "pipeline": choices.get("reconstruction"),
         "allocation": allocation.get("name", "uniform"),

@@ -129,11 +129,12 @@ class NoImages(CalibrationSource):
 
     Args:
         rule: from the moments of a tensor to its range.
+        count: none whatever it says, since a preset may state one for all sources (debug=default).
     """
 
     origin = "none"
 
-    def __init__(self, rule: AnalyticRange) -> None:
+    def __init__(self, rule: AnalyticRange, count: int = 0) -> None:
         self.rule = rule
 
     def load(self, teacher: Teacher, ledger: DataLedger, make: Callable[[int], Tensor]) -> CalibrationImages:

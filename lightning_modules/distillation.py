@@ -10,6 +10,7 @@ that a run resumed from any checkpoint equals an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,6 +122,11 @@ class DistillationModule(pl.LightningModule):
                 f"generator: expected one that makes new images at every step, got {type(generator.source).__name__}; "
                 "choose generator@distillation.generator=gdfq, gdfq_imagenet, qimera or qimera_imagenet"
             )
+        if generator is not None and generator.settling.patience is not None:
+            raise ValueError(
+                "distillation.generator.early_stop: expected null, since the student learns to the last step, got "
+                f"{generator.settling.patience}"
+            )
         if few_shot is not None and few_shot.labels is None and few_shot.batches is not None and loss.cross_entropy:
             raise ValueError(
                 "loss.cross_entropy: expected 0 for images without labels, got "
@@ -149,9 +155,16 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def progress_label(self) -> str:
-        """The epoch in work."""
-        epoch = self.current_epoch
-        return f"epoch {epoch + 1}/{self.turns.epochs}" + (" warm-up" if epoch < self.turns.warmup else "")
+        """The epoch in work, and its mean losses up to now."""
+        steps = self.global_step
+        epoch = max(steps - 1, 0) // self.turns.steps  # of the last step: at the end of the last epoch no other begins
+        teaches = epoch >= self.turns.warmup
+        label = f"epoch {epoch + 1}/{self.turns.epochs}" + ("" if teaches else " warm-up")
+        if steps == 0:
+            return label
+        generator, student = (self.losses / (steps - epoch * self.turns.steps)).tolist()
+        parts = [f"generator {generator:.3g}"] if self.generator is not None else []
+        return ", ".join([label, *parts, *([f"student {student:.3g}"] if teaches else [])])
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What a Trainer for this module needs."""
@@ -186,8 +199,8 @@ class DistillationModule(pl.LightningModule):
         self._teacher[0].to(self.device).eval()
         alignment = None
         if self.generator is not None:
+            self.generator.place(self.device)
             alignment = self.generator.alignment
-            alignment.place(self.device)
         if self.few_shot is not None:
             self.few_shot.place(self.device, self._teacher[0], alignment)
 
@@ -251,23 +264,29 @@ class DistillationModule(pl.LightningModule):
         size, batches = made.source.batch_size, []
         for first in range(0, count, size):
             labels = made.labels.draw(size, made.classes, seeded(self.seed, "image_labels", first)).to(self.device)
-            batches.append(made.source(seeded(self.seed, "images", first), labels))
+            images = made.source(seeded(self.seed, "images", first), labels)
+            batches.append(made.finalize(images, seeded(self.seed, "finalize", first)))
         return torch.cat(batches)[:count]
 
     @torch.no_grad()
     def _lesson(self, draft: Draft | None, epoch: int, step: int, done: int) -> Lesson:
-        """The generator's images, as it was before its step, and the real ones."""
-        parts: list[Lesson] = []
+        """The generator's images, as it was before its step, and the real ones; the teacher sees each once at most."""
+        images, known, labels = [], [], []
         if draft is not None:
-            seen, targets = draft.seen.detach(), draft.logits.detach()
-            if not isinstance(self.view, Identity):
+            seen = draft.seen.detach()
+            if isinstance(self.view, Identity):
+                known.append(draft.logits.detach())
+            else:
                 seen = self.view(seen, seeded(self.seed, "student_view", epoch, step), step)
-                targets = self._teacher[0](seen)
-            parts.append(Lesson(seen, targets, draft.labels))
+            images.append(seen)
+            labels.append(draft.labels)
         real = None if self.few_shot is None else self.few_shot.batch(epoch, step, done)
         if real is not None:
-            parts.append(Lesson(real[0], self._teacher[0](real[0]), real[1]))
-        return parts[0] if len(parts) == 1 else Lesson(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            images.append(real[0])
+            labels.append(real[1])
+        unknown = images[len(known) :]
+        targets = [*known, self._teacher[0](joined(unknown))] if unknown else known
+        return Lesson(joined(images), joined(targets), joined(labels))
 
     def _close(self, epoch: int) -> None:
         """Report an epoch, and keep in mind the one with the least loss."""
@@ -307,7 +326,12 @@ class DistillationModule(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         if self.generator is not None:
-            self.generator.alignment.teardown(stage)
+            self.generator.teardown(stage)
+
+    @property
+    def compares_students(self) -> bool:
+        """Whether the generator's loss looks at the student."""
+        return self.generator is not None and self.generator.guides.uses_student
 
     @property
     def has_panel(self) -> bool:
@@ -339,3 +363,8 @@ class DistillationModule(pl.LightningModule):
         named = {f"{self.stage}/{name}": float(value.detach()) for name, value in values.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The batches as one; of a single one no copy is made."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -16,17 +16,20 @@ from datamodules.calibration import CalibrationImages
 from lightning_modules.distillation import DistillationModule, Turns
 from lightning_modules.few_shot import FewShot
 from lightning_modules.generator import GeneratorModule
+from lightning_modules.saved_runs import plain, stated
 from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
 from reconstruction.inundation import Inundation
 from reconstruction.learner import Learned, Learner, Schedule
 from reconstruction.student_loss import StudentLoss
+from synthesis.store import SampleStore
 from synthesis.views import View
 
 if TYPE_CHECKING:
     from lightning_modules.job import Job
 
+RECIPE_VERSION = 1  # raise it when the same settings add other images than before, by more than rounding
 COLUMNS = 8  # of the picture: images a class
 
 
@@ -107,35 +110,67 @@ def distills(job: Job) -> bool:
 
 
 def add_generated(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> CalibrationImages:
-    """The images, and those of a generator that was trained with them, if that is asked for: to reconstruct on."""
+    """The images, and those of a generator that was trained with them, if that is asked for: to reconstruct on.
+
+    The generator's are made once and then come from the store, whatever the student's widths and methods are.
+    """
     count = (job.cfg.get("distillation") or {}).get("added_images", 0)
     if not count:
         return images
-    module = _fit(job, teacher, conversion, images)
-    together = torch.cat([images.images, module.generated(count).float().cpu()])
+    module = _build(job, teacher, conversion, images)
+    recipe = {
+        "added_images": RECIPE_VERSION,
+        "precision": job.cfg.trainer.precision,
+        "distillation": stated(plain(job.cfg.distillation)),
+        "teacher": teacher.weights_hash,
+        "input_size": teacher.input_size,
+        "images": images.digest,
+        "labels": None if images.labels is None else fingerprint({"labels": images.labels}),
+        "student": student_settings(job) if module.compares_students else None,
+        "seed": job.cfg.seed,
+    }
+    store, made = SampleStore(job.cfg.paths.store), []
+
+    def make() -> Tensor:
+        _fit(job, teacher, module)
+        made.append(module.stage)
+        return module.generated(count).float()
+
+    together = torch.cat([images.images, store.get_or_make(recipe, make)])
     digest = fingerprint({"images": together})
-    job.record.add(images=job.record.facts["images"] | {"count": len(together), "digest": digest, "added": count})
+    facts = {"count": len(together), "digest": digest, "added": count, "added_from_store": not made}
+    job.record.add(images=job.record.facts["images"] | facts)
     return dataclasses.replace(images, images=together, digest=digest, labels=None)
+
+
+def student_settings(job: Job) -> dict[str, Any]:
+    """What a student depends on before it has learned."""
+    settings = plain(job.cfg)
+    return {key: settings[key] for key in ("protocol", "weight", "activation", "bits")}
 
 
 def distill(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:
     """Fine-tune the student, in place."""
-    job.record.add(distillation=_fit(job, teacher, conversion, images).facts)
+    module = _build(job, teacher, conversion, images)
+    _fit(job, teacher, module)
+    job.record.add(distillation=module.facts)
 
 
-def _fit(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> DistillationModule:
+def _build(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> DistillationModule:
+    return instantiate(job.cfg.distillation)(
+        conversion=conversion,
+        teacher=teacher.network,
+        input_size=teacher.input_size,
+        images=images.images,
+        labels=images.labels,
+        seed=job.cfg.seed,
+    )
+
+
+def _fit(job: Job, teacher: Teacher, module: DistillationModule) -> None:
     """Train, and draw what the generator makes of each class."""
     with job.stage("distill"):
-        module: DistillationModule = instantiate(job.cfg.distillation)(
-            conversion=conversion,
-            teacher=teacher.network,
-            input_size=teacher.input_size,
-            images=images.images,
-            labels=images.labels,
-            seed=job.cfg.seed,
-        )
         job.fit(module, job.alone(**module.trainer_arguments()))
     if module.has_panel and job.is_main:
         path = job.folder / "distillation.png"
         save_grid(module.panel(COLUMNS), path, mean=teacher.mean, std=teacher.std, columns=COLUMNS)
-    return module

@@ -212,10 +212,14 @@ class GeneratorModule(pl.LightningModule):
         else:
             scheduler.step()
 
-    def on_fit_start(self) -> None:
-        self.alignment.place(self.device)
+    def place(self, device: torch.device) -> None:
+        """Bring the network to `device`, find the targets there, and compile the pass through it if asked."""
+        self.alignment.place(device)
         if self.compile_backend is not None:
             self._look = self.alignment.compiled_look(self.compile_backend, self._features)
+
+    def on_fit_start(self) -> None:
+        self.place(self.device)
         if self.trainer.ckpt_path is None:
             self.entered.fill_(NO_BATCH)  # a fit that was interrupted before does not count
             self.finished = 0

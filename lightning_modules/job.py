@@ -28,7 +28,7 @@ from lightning_modules.allocation import Allocation, Uniform
 from lightning_modules.corrections import Corrections
 from lightning_modules.interruption import Interrupted, Interruption, StopAtStep, go_on_after_restart, restarted
 from lightning_modules.processes import end_with_parent, limit_threads, process_count, refuse_parallel_multirun
-from lightning_modules.refusals import expect_unfinished, refuse_idle_resume
+from lightning_modules.refusals import expect_unfinished, refuse_idle_resume, refuse_precision
 from lightning_modules.saved_runs import origin, plain, saved_configuration
 
 log = logging.getLogger(__name__)
@@ -164,13 +164,15 @@ def open_job(cfg: DictConfig) -> Iterator[Job]:
 
     Raises:
         ValueError: if several processes (`trainer.devices`) meet a multirun, where each would run the sweep again; if
-            another process is at work in the folder; or if `sweep.resume` is asked for where nothing heeds it.
+            another process is at work in the folder; if `sweep.resume` is asked for where nothing heeds it; or if the
+            trainer's precision is none that the networks can have.
         AlreadyFinishedError: if a job of a scheduler comes too late.
     """
     refuse_idle_resume(cfg)
     refuse_parallel_multirun(cfg)
     end_with_parent(process_count(cfg.trainer))
     cfg, folder = saved_configuration(cfg)
+    refuse_precision(cfg)
     with ExitStack() as held:
         if rank_zero_only.rank == 0:
             held.enter_context(only_run_in(folder, requeued=restarted()))

@@ -13,6 +13,8 @@ from callbacks.run_record import config_hash, has_export
 from lightning_modules.run_folders import read_facts
 from lightning_modules.saved_runs import overrides, plain
 
+PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")  # as Lightning spells them
+
 
 class AlreadyFinishedError(Exception):
     """The folder holds what this run would make.
@@ -38,6 +40,20 @@ def expect_unfinished(cfg: DictConfig, folder: Path) -> None:
     same = record.get("config_hash") == config_hash(now) and has_export(record, plain(cfg).get("export"))
     if same and record.get("status") == "finished":
         raise AlreadyFinishedError(folder, record.get("metrics", {}))
+
+
+def refuse_precision(cfg: DictConfig) -> None:
+    """Raise where the trainer's precision would make networks of other numbers than float32.
+
+    Raises:
+        ValueError: unless it is 32-true or a mixed one.
+    """
+    precision = str(cfg.trainer.get("precision") or "32-true")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: expected one of {', '.join(PRECISIONS)}, got {precision}; weights, scales and losses "
+            "are float32 here"
+        )
 
 
 def refuse_idle_resume(cfg: DictConfig) -> None:

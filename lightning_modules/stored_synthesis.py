@@ -18,7 +18,7 @@ from quantizers.layer import hardened_copy
 from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
-RECIPE_VERSION = 2  # raise it when the same settings make other images than before
+RECIPE_VERSION = 2  # raise it when the same settings make other images than before, by more than rounding
 
 
 def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:

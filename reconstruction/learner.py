@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,8 @@ class Learner:
         learn: "weights" that their quantizers train (weight=straight_through, weight=adaquant), "biases" of the
             quantized layers, "norms": scale and shift of normalisations that no layer could take in.
         schedule: see `learning_rate`.
-        inundation: enlarges the updates of weights; None: they stay as the optimizer makes them.
+        inundation: enlarges the updates of weights, of an optimizer whose step is proportional to its rate, as those of
+            SGD and Adam are; None: they stay as the optimizer makes them.
 
     Raises:
         ValueError: if a choice is unknown.
@@ -105,10 +107,24 @@ class Learner:
         if self.inundation is None:
             advance()
             return
-        before = [weight.detach().clone() for _, weight in self.weights]
+        self._inundate(self.inundation, optimizer, advance)
+
+    @torch.no_grad()
+    def _inundate(self, inundation: Inundation, optimizer: Optimizer, advance: Callable[[], Any]) -> None:
+        """Take the step at a rate of 1 and scale it afterwards: a weight in float32 swallows updates far below it."""
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        before = {parameter: parameter.detach().clone() for parameter in rates}
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0
         advance()
-        for (quantizer, weight), earlier in zip(self.weights, before, strict=True):
-            self.inundation(quantizer, weight, earlier)
+        for group, rate in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = rate
+        updates = {parameter: rates[parameter] * (parameter - earlier) for parameter, earlier in before.items()}
+        for quantizer, weight in self.weights:
+            inundation(quantizer, weight, before[weight], updates[weight])
+        for parameter in self.others:
+            parameter.copy_(before[parameter] + updates[parameter])
 
 
 def _trained(layer: QuantizedLayer) -> list[tuple[Quantizer, nn.Parameter]]:

@@ -213,8 +213,9 @@ class Guides(nn.Module):
         self.kept = nn.ModuleList(self.terms.values())  # whose buffers belong to a checkpoint
         self.uses_features = any(term.uses_features for term in self.terms.values())
         self.uses_earlier = any(term.uses_earlier for term in self.terms.values())
+        self.uses_student = any(term.uses_student for term in self.terms.values())
         self._student = (student,)
-        if student is None and any(term.uses_student for term in self.terms.values()):
+        if student is None and self.uses_student:
             raise ValueError("student: expected a quantized copy for a term that compares with it, got none")
 
     def bind(self, classes: int, width: int) -> None:
@@ -235,7 +236,7 @@ class Guides(nn.Module):
     def ask_student(self, images: Tensor, answer: Answer) -> Answer:
         """Return `answer` with the student's to the same images, if a term needs it."""
         student = self._student[0]
-        if student is None or not any(term.uses_student for term in self.terms.values()):
+        if student is None or not self.uses_student:
             return answer
         return answer._replace(student=student(images))
 

@@ -36,7 +36,8 @@ def batch_norms(network: nn.Module) -> dict[str, nn.Module]:
             f"network: expected BatchNorm layers with running statistics, got none in {type(network).__name__}; "
             "the network was probably built without them or they are folded into the convolutions. Choose a target "
             "source that needs no BatchNorm (generator=propagated or generator=gzsq), calibrate on real images or on "
-            "noise instead (calibration=real, calibration=noise), or on none (calibration=none reconstruction=none)"
+            "noise instead (calibration=real, calibration=noise), or on none (calibration=none reconstruction=none); "
+            "fine-tuning needs no statistics where it has real images alone (calibration=real distillation=images)"
         )
     return found
 

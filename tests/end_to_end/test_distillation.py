@@ -74,13 +74,45 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> N
     assert same_student(whole, killed)
 
 
-def test_class_aware_images_are_reconstructed_on(tmp_path: Path) -> None:
-    chosen = ["distillation=fdda_images", "calibration=real", "calibration.count=10", "distillation.added_images=6"]
-    metrics, facts = job(tmp_path, *chosen, "distillation.warmup=3", "weight=adaround", "activation=lsq")
+ADDING = [
+    *("distillation=fdda_images", "calibration=real", "calibration.count=10", "distillation.added_images=6"),
+    *("distillation.warmup=3", "weight=adaround", "activation=lsq"),
+]
+
+
+def test_class_aware_images_are_made_once_and_reconstructed_on(tmp_path: Path) -> None:
+    metrics, facts = job(tmp_path / "first", *ADDING)
     assert 0 <= metrics["test/quantized/top1"] <= 100
     assert (facts["images"]["count"], facts["images"]["origin"], facts["images"]["added"]) == (16, "real", 6)
-    assert (tmp_path / "units.csv").exists()
-    assert facts["row"]["image_count"] == 16
+    assert (tmp_path / "first" / "units.csv").exists()
+    assert (facts["row"]["image_count"], facts["row"]["images"]) == (16, "real+generated")
+    assert not facts["images"]["added_from_store"]
+    store = f"paths.store={tmp_path / 'first' / 'store'}"
+    for others, found in (
+        (["bits=w8a8", "weight=genie_m"], True),  # widths and methods of the student
+        (["distillation.few_shot.alignment.central=0"], False),
+        (["seed=1"], False),
+    ):
+        cfg = composed([*SHORT, *ADDING, *others], tmp_path / "_".join(others))
+        cfg.paths.store = store.partition("=")[2]
+        run_job(cfg)
+        facts_now = json.loads((tmp_path / "_".join(others) / "record.json").read_text())
+        assert facts_now["images"]["added_from_store"] is found
+        assert (facts_now["images"]["digest"] == facts["images"]["digest"]) is found
+        assert ("distill" in facts_now["stages"]) is not found
+
+
+def test_a_job_killed_after_its_generator_finds_what_that_made(tmp_path: Path) -> None:
+    chosen = [*ADDING, "callbacks.checkpoint.every_seconds=0", killing("reconstruction", 1)]
+    cfg = composed([*SHORT, *chosen], tmp_path)
+    Kill.armed = True
+    with pytest.raises(InterruptedError):
+        run_job(cfg)
+    drawn = (tmp_path / "distillation.png").stat().st_mtime_ns
+    cfg.resume = str(tmp_path)
+    metrics = run_job(cfg)
+    assert (tmp_path / "distillation.png").stat().st_mtime_ns == drawn
+    assert metrics == job(tmp_path / "whole", *ADDING)[0]
 
 
 def test_fine_tuning_and_reconstruction_exclude_each_other(tmp_path: Path) -> None:
@@ -88,5 +120,5 @@ def test_fine_tuning_and_reconstruction_exclude_each_other(tmp_path: Path) -> No
         job(tmp_path, "distillation=gdfq", "calibration=noise", "reconstruction=qdrop")
 
 
-def test_no_fine_tuning_is_the_default_and_changes_nothing(tmp_path: Path) -> None:
+def test_no_fine_tuning_is_the_default() -> None:
     assert composed().distillation == {"epochs": 0}

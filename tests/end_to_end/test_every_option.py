@@ -79,6 +79,13 @@ def test_debugging_runs_every_stage(tmp_path: Path) -> None:
     assert set(stages) == {"teacher", "convert", "images", "ranges", "reconstruct", "evaluation"}
 
 
+def test_debugging_goes_without_images(tmp_path: Path) -> None:
+    """The preset states a number of images, whatever their source is."""
+    quick = [setting for setting in SMALL if not setting.startswith("calibration.")]
+    run_job(composed([*quick, "debug=default", "calibration=none", "reconstruction=none", "weight=squant"], tmp_path))
+    assert json.loads((tmp_path / "record.json").read_text())["images"]["count"] == 0
+
+
 def values_of(text: str) -> list[str]:
     """What a sweep gives to a key: all of a list or range, both ends of an interval."""
     override = OverridesParser.create().parse_override(text)

@@ -27,8 +27,9 @@ from reconstruction.student_loss import StudentLoss
 from synthesis.class_alignment import ClassAlignment
 from synthesis.seeding import seeded
 from synthesis.statistics import batch_norms, execution_order
-from synthesis.views import RandomResizedCrop
+from synthesis.views import RandomResizedCrop, View
 from tests.configuration import CONF
+from tests.lightning_modules.test_synthesis_options import COMPILED
 from tests.lightning_modules.training import Interrupt, InterruptAt, quiet_trainer
 from tests.reconstruction.students import images, resnet8, student_of
 from tests.reconstruction.test_learner import MOVING, TRAINED
@@ -220,12 +221,31 @@ def test_checkpoints_hold_neither_teacher_nor_real_images(teacher: nn.Module) ->
     assert not any("network" in key for key in module.state_dict())
 
 
+class WatchStudent(Callback):
+    """What the student computes after each epoch, as deployed."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        quantizers = [q for _, q in quantizers_of(pl_module.student) if isinstance(q, MovingAverage)]
+        observing = [quantizer.observing for quantizer in quantizers]
+        observe(pl_module.student, False)
+        with torch.no_grad():
+            self.outputs.append(pl_module.student(images(4)))
+        for quantizer, was in zip(quantizers, observing, strict=True):
+            quantizer.observing = was
+
+
 def test_the_last_step_is_the_result_and_the_best_epoch_a_number_beside_it(teacher: nn.Module) -> None:
-    module = fitted(teacher, epochs=4, optimizer=functools.partial(torch.optim.SGD, lr=1.0))  # gets worse
-    shorter = fitted(teacher, epochs=4, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
-    assert module.facts["best_loss"] <= module.facts["loss_last_epoch"]
-    assert module.facts["best_loss_epoch"] in range(1, 4)
-    assert torch.equal(module.student(images(4)), shorter.student(images(4)))
+    watch = WatchStudent()
+    module = build(teacher, epochs=4, optimizer=functools.partial(torch.optim.SGD, lr=0.3), schedule="constant")
+    trainer(module, callbacks=[watch]).fit(module)  # it gets worse
+    best = module.facts["best_loss_epoch"]
+    assert best < 3
+    assert module.facts["best_loss"] < module.facts["loss_last_epoch"]
+    torch.testing.assert_close(module.student(images(4)), watch.outputs[3])
+    assert not torch.allclose(module.student(images(4)), watch.outputs[best])
     assert not any(p.requires_grad for p in module.student.parameters())
 
 
@@ -249,6 +269,56 @@ def test_real_images_stand_beside_generated_ones_with_their_own_labels(teacher: 
     assert torch.equal(lesson.images[6:], images(11, seed=5)[index])
     assert lesson.labels[6:].argmax(1).tolist() == LABELS[index].tolist()
     torch.testing.assert_close(lesson.targets, teacher(lesson.images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("viewed", [False, True])
+def test_the_student_sees_views_and_its_targets_are_the_teachers_of_these(
+    teacher: nn.Module, viewed: bool, real: bool
+) -> None:
+    view = RandomResizedCrop(scale=(0.5, 0.6), probability=1.0)
+    shots = functools.partial(FewShot, batch_size=3, view=view) if real else None
+    module = build(teacher, few_shot=shots, view=view if viewed else None)
+    if module.few_shot is not None:
+        module.few_shot.place(torch.device("cpu"), teacher, None)
+    draft = module.generator.draft(1, 2)  # type: ignore[union-attr]
+    batches: list[int] = []
+    handle = teacher.register_forward_hook(lambda _, arguments, output: batches.append(len(arguments[0])))
+    lesson = module._lesson(draft, 1, 2, done=2)
+    handle.remove()
+    assert batches == ([6 * viewed + 3 * real] if viewed or real else [])  # each image once, of what is not known yet
+    seen = draft.seen.detach()
+    expected = [view(seen, seeded(3, "student_view", 1, 2), 2) if viewed else seen]
+    if real:
+        index = index_batches(11, 3, 8, seed=seed_of(3, "few_shot"))[2]
+        expected.append(view(images(11, seed=5)[index], seeded(3, "real", 1, 2), 2))
+        assert not torch.equal(expected[1], images(11, seed=5)[index])
+    assert torch.equal(lesson.images, torch.cat(expected))
+    assert torch.equal(lesson.images[:6], seen) is not viewed
+    torch.testing.assert_close(lesson.targets, teacher(lesson.images), rtol=1e-4, atol=1e-4)
+
+
+def test_classes_that_the_teacher_mistakes_are_made_in_the_first_epochs_alone(teacher: nn.Module) -> None:
+    module = build(teacher, **FDDA)
+    few, made = module.few_shot, module.generator
+    assert few is not None
+    assert made is not None
+    few.place(torch.device("cpu"), teacher, made.alignment)
+    right = teacher(images(11, seed=5)).argmax(1) == LABELS
+    trusted = set(LABELS[right].tolist())
+    assert 0 < len(trusted) < 10
+    drawn: dict[int, set[int]] = {}
+    for epoch in (0, 1):
+        asked: list[int] = []
+        handle = made.source.register_forward_pre_hook(
+            lambda _, arguments, asked=asked: asked.append(int(arguments[1][0].argmax()))
+        )
+        for step in range(60):
+            few.terms(made, epoch, step)
+        handle.remove()
+        drawn[epoch] = set(asked)
+    assert drawn[0] == set(range(10))
+    assert drawn[1] == trusted
 
 
 def test_a_class_batch_is_of_one_class_against_its_own_centre(teacher: nn.Module) -> None:
@@ -313,6 +383,51 @@ def test_images_of_a_generator_alone_leave_the_student_as_it_was(teacher: nn.Mod
     assert torch.equal(x[6:], module.generator.source(seeded(3, "images", 6), labels)[:2])
 
 
+def test_the_progress_bar_names_epoch_and_losses(teacher: nn.Module) -> None:
+    module, labels = build(teacher), []
+
+    class Read(Callback):
+        def on_train_start(self, *arguments: Any) -> None:
+            labels.append(module.progress_label)
+
+        on_train_batch_end = on_train_end = on_train_start
+
+    trainer(module, callbacks=[Read()]).fit(module)
+    losses = [float(loss) / 4 for loss in module.losses]
+    assert labels[0] == "epoch 1/3 warm-up"
+    assert labels[1].startswith("epoch 1/3 warm-up, generator ")
+    assert "student" not in labels[4]
+    assert labels[5].startswith("epoch 2/3, generator ")
+    assert labels[12] == labels[13] == f"epoch 3/3, generator {losses[0]:.3g}, student {losses[1]:.3g}"
+
+
+@COMPILED
+def test_the_pass_of_generated_images_is_compiled_if_asked(teacher: nn.Module) -> None:
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            calls.append(1)
+            return graph.forward(*arguments)
+
+        return run
+
+    plain = fitted(teacher)
+    other = fitted(teacher, generator=functools.partial(generator, compile=backend))
+    assert len(calls) == 12
+    assert torch.equal(other.panel(2), plain.panel(2))
+
+
+def test_added_images_are_finished_as_the_generator_says(teacher: nn.Module) -> None:
+    class Half(View):
+        def __call__(self, images: Tensor, rng: torch.Generator, step: int = 0) -> Tensor:
+            return images / 2
+
+    halved = build(teacher, warmup=3, added_images=8, generator=functools.partial(generator, finalize=Half()), **FDDA)
+    plain = build(teacher, warmup=3, added_images=8, **FDDA)
+    assert torch.equal(halved.generated(8), plain.generated(8) / 2)
+
+
 def test_divergence_is_named(teacher: nn.Module) -> None:
     module = build(teacher, optimizer=functools.partial(torch.optim.SGD, lr=1e38))
     with pytest.raises(RuntimeError, match="distillation: expected finite losses in epoch"):
@@ -327,6 +442,7 @@ def pixels(**arguments: Any) -> Any:
     ("changes", "message"),
     [
         ({"generator": None}, "generator: expected one, or real images"),
+        ({"generator": functools.partial(generator, early_stop=9)}, "generator.early_stop: expected null, .* got 9"),
         ({"generator": pixels}, "makes new images at every step, got Pixels"),
         ({"warmup": 4}, "no more epochs of warm-up than epochs"),
         ({"warmup": 3}, "added_images, warmup: expected"),

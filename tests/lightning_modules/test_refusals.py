@@ -40,6 +40,12 @@ def test_a_run_that_fails_leaves_no_lock(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "transformer-engine"])
+def test_numbers_that_the_networks_cannot_have_are_refused(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.precision: expected one of 32-true, .* got {precision}"):
+        run_job(composed([*QUICK, f"trainer.precision={precision}"], tmp_path))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("finished")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -75,6 +75,7 @@ def test_draws_have_the_distribution_of_torchs_own_initialisation() -> None:
     assert generator.embedding is not None
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_upsampled_convolution_against_torchs_interpolation_and_convolution(
     count: int, channels: int, out: int, height: int, width: int, bias: bool

@@ -85,13 +85,40 @@ def test_an_inundated_step_moves_a_share_of_every_tensors_integers() -> None:
     plain, flooded = converted(), converted()
     before = [q.weight_quantizer.integers(q.weight)[0] for _, q in quantized_layers(plain.student)]
     stepped(Learner(tiny), plain)
-    stepped(Learner(tiny, inundation=Inundation(0.05, doublings=30)), flooded)
+    stepped(Learner(tiny, inundation=Inundation(0.05, largest=1e9)), flooded)
     for (_, one), (_, other), integers in zip(
         quantized_layers(plain.student), quantized_layers(flooded.student), before, strict=True
     ):
         assert torch.equal(one.weight_quantizer.integers(one.weight)[0], integers)
         share = (other.weight_quantizer.integers(other.weight)[0] != integers).float().mean()
         assert 0.05 <= float(share) < 0.2
+
+
+@pytest.mark.parametrize("made", [SGD, partial(torch.optim.Adam, lr=0.01)])
+def test_an_inundated_step_of_factor_one_is_the_optimizers(made: Any) -> None:
+    plain, flooded = converted(), converted()
+    stepped(Learner(made), plain, done=1)
+    optimizer = stepped(Learner(made, inundation=Inundation(0.001, largest=1.0)), flooded, done=1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * learning_rate("cosine", 1, 4))
+    for mine, reference in zip(flooded.student.parameters(), plain.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_an_inundated_update_is_not_lost_below_the_last_place_of_its_weight() -> None:
+    """A step of plain SGD leaves most weights as they are at this rate; the enlarged one moves along the gradient."""
+    tiny = partial(torch.optim.SGD, lr=1e-9)
+    moved, gradients = [], []
+    for inundation in (None, Inundation(0.05, largest=1e12)):
+        conversion = converted()
+        before = [q.weight_quantizer.weight.detach().clone() for _, q in quantized_layers(conversion.student)]
+        stepped(Learner(tiny, learn=["weights"], inundation=inundation), conversion)
+        after = [q.weight_quantizer.weight for _, q in quantized_layers(conversion.student)]
+        moved.append([float((a != b).float().mean()) for a, b in zip(after, before, strict=True)])
+        gradients.append([(b - a.detach(), a.grad) for a, b in zip(after, before, strict=True)])
+    assert max(moved[0]) < 0.5 < min(moved[1])
+    for step, gradient in gradients[1]:
+        assert gradient is not None
+        assert float(torch.cosine_similarity(step.flatten(), gradient.flatten(), dim=0)) > 0.9999
 
 
 def test_a_rounding_that_trains_no_weight_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The divergence is its closed form under both reductions; inundation finds the factor that a scan finds."""
+"""The divergence is its closed form under both reductions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantizers.adaquant import AdaQuant
-from quantizers.ranges import MinMax
-from reconstruction.inundation import Inundation
 from reconstruction.student_loss import StudentLoss
 
 
@@ -70,45 +67,3 @@ def test_extreme_logits_are_finite_and_half_precision_is_raised() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StudentLoss(**arguments)
-
-
-def a_weight() -> tuple[AdaQuant, Tensor, Tensor]:
-    before = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
-    quantizer = AdaQuant(before, 4, range=MinMax(), learn_range=False)
-    update = 1e-5 * torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
-    return quantizer, before, update
-
-
-def changed(quantizer: AdaQuant, before: Tensor, after: Tensor) -> int:
-    with torch.no_grad():
-        quantizer.weight.copy_(before)
-        integers = quantizer.multiples(before)
-        quantizer.weight.copy_(after)
-        return int((quantizer.multiples(after) != integers).sum())
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1])
-def test_the_factor_is_the_least_that_moves_enough_integers(share: float) -> None:
-    quantizer, before, update = a_weight()
-    quantizer.weight.data.copy_(before + update)
-    update = before + update - before  # as float32 keeps it
-    factor = Inundation(share, bisections=12)(quantizer, quantizer.weight, before)
-    after = quantizer.weight.detach().clone()
-    torch.testing.assert_close(after, before + factor * update)
-    assert factor > 1
-    assert changed(quantizer, before, after) >= share * 400
-    assert changed(quantizer, before, before + 0.99 * factor * update) < share * 400
-
-
-def test_an_update_that_moves_enough_or_nothing_at_all_stays() -> None:
-    quantizer, before, update = a_weight()
-    for moved in (1e5 * update, 0 * update):
-        quantizer.weight.data.copy_(before + moved)
-        assert Inundation(0.01)(quantizer, quantizer.weight, before) == 1.0
-        torch.testing.assert_close(quantizer.weight.detach(), before + moved)
-
-
-@pytest.mark.parametrize("arguments", [{"share": 0.0}, {"share": 2.0}, {"doublings": -1}])
-def test_bad_numbers_of_an_inundation_are_named(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        Inundation(**arguments)
