@@ -155,7 +155,7 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def progress_label(self) -> str:
-        """The epoch in work, and its mean losses up to now."""
+        """The epoch in work, and its mean losses up to now: of the generator, G, and of the student, S."""
         steps = self.global_step
         epoch = max(steps - 1, 0) // self.turns.steps  # of the last step: at the end of the last epoch no other begins
         teaches = epoch >= self.turns.warmup
@@ -163,8 +163,8 @@ class DistillationModule(pl.LightningModule):
         if steps == 0:
             return label
         generator, student = (self.losses / (steps - epoch * self.turns.steps)).tolist()
-        parts = [f"generator {generator:.3g}"] if self.generator is not None else []
-        return ", ".join([label, *parts, *([f"student {student:.3g}"] if teaches else [])])
+        parts = [f"G {generator:.3g}"] if self.generator is not None else []
+        return " ".join([label, *parts, *([f"S {student:.3g}"] if teaches else [])])
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What a Trainer for this module needs."""

@@ -395,10 +395,10 @@ def test_the_progress_bar_names_epoch_and_losses(teacher: nn.Module) -> None:
     trainer(module, callbacks=[Read()]).fit(module)
     losses = [float(loss) / 4 for loss in module.losses]
     assert labels[0] == "epoch 1/3 warm-up"
-    assert labels[1].startswith("epoch 1/3 warm-up, generator ")
-    assert "student" not in labels[4]
-    assert labels[5].startswith("epoch 2/3, generator ")
-    assert labels[12] == labels[13] == f"epoch 3/3, generator {losses[0]:.3g}, student {losses[1]:.3g}"
+    assert labels[1].startswith("epoch 1/3 warm-up G ")
+    assert "S" not in labels[4]
+    assert labels[5].startswith("epoch 2/3 G ")
+    assert labels[12] == labels[13] == f"epoch 3/3 G {losses[0]:.3g} S {losses[1]:.3g}"
 
 
 @COMPILED
