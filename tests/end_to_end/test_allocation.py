@@ -40,10 +40,10 @@ def widths(folder: Path, kind: str) -> list[int]:
     return [int(row["bits"]) for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("pipeline", ["light", "advanced"])
-def test_the_papers_pipelines_take_an_allocation(pipeline: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pipeline", [["pipeline=light"], ["pipeline=advanced", "corrections.bias_tuning.steps=2"]])
+def test_the_papers_pipelines_take_an_allocation(pipeline: list[str], tmp_path: Path) -> None:
     search = ["allocation=integer_program", "allocation.weight_bits=[2,4,8]", "allocation.budget.average_bits=4"]
-    facts = run([*SMALL, "calibration=noise", f"pipeline={pipeline}", *search], tmp_path)
+    facts = run([*SMALL, "calibration=noise", *pipeline, *search], tmp_path)
     assert facts["allocation"]["amounts"]["average_bits"] <= 4
     assert len(set(widths(tmp_path, "weight"))) > 1
     assert facts["corrections"][0]["correction"] == "bn_reestimation"
