@@ -112,15 +112,15 @@ class Learner:
     @torch.no_grad()
     def _inundate(self, inundation: Inundation, optimizer: Optimizer, advance: Callable[[], Any]) -> None:
         """Take the step at a rate of 1 and scale it afterwards: a weight in float32 swallows updates far below it."""
-        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        before = {parameter: parameter.detach().clone() for parameter in rates}
-        scheduled = [group["lr"] for group in optimizer.param_groups]
+        before = {parameter: parameter.detach().clone() for parameter in self.parameters()}
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 1.0
         advance()
-        for group, rate in zip(optimizer.param_groups, scheduled, strict=True):
+        updates: dict[Tensor, Tensor] = {}
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        updates = {parameter: rates[parameter] * (parameter - earlier) for parameter, earlier in before.items()}
+            updates |= {parameter: rate * (parameter - before[parameter]) for parameter in group["params"]}
         for quantizer, weight in self.weights:
             inundation(quantizer, weight, before[weight], updates[weight])
         for parameter in self.others:

@@ -18,8 +18,8 @@ from tests.configuration import ROOT
 DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
 
-def session_of(process: int) -> list[int]:
-    """Processes of the session that a process leads."""
+def led_by(process: int) -> list[int]:
+    """Processes that share the sid of the process that leads them."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -56,8 +56,8 @@ def test_a_killed_process_ends_its_job_and_nothing_else(tmp_path: Path) -> None:
     with started(tmp_path, "-m", *QUICK, *DDP, "seed=0,1", *options, paced(0.2)) as process:
         until(lambda: where(place(tmp_path / "sweep", 0))[1] > 2)
         first = place(tmp_path / "sweep", 0)
-        main = next(each for each in with_parent(process.pid) if where(first)[0] in session_of(each))
-        members = session_of(main)
+        main = next(each for each in with_parent(process.pid) if where(first)[0] in led_by(each))
+        members = led_by(main)
         assert len(members) == 2
         os.kill(next(each for each in members if each != main), signal.SIGKILL)
         until(lambda: not alive(members), 60)  # a minute is the promise

@@ -87,14 +87,13 @@ def test_class_aware_images_are_made_once_and_reconstructed_on(tmp_path: Path) -
     assert (tmp_path / "first" / "units.csv").exists()
     assert (facts["row"]["image_count"], facts["row"]["images"]) == (16, "real+generated")
     assert not facts["images"]["added_from_store"]
-    store = f"paths.store={tmp_path / 'first' / 'store'}"
     for others, found in (
         (["bits=w8a8", "weight=genie_m"], True),  # widths and methods of the student
         (["distillation.few_shot.alignment.central=0"], False),
         (["seed=1"], False),
     ):
         cfg = composed([*SHORT, *ADDING, *others], tmp_path / "_".join(others))
-        cfg.paths.store = store.partition("=")[2]
+        cfg.paths.store = str(tmp_path / "first" / "store")
         run_job(cfg)
         facts_now = json.loads((tmp_path / "_".join(others) / "record.json").read_text())
         assert facts_now["images"]["added_from_store"] is found
