@@ -17,6 +17,7 @@ from lightning_modules.distillation import DistillationModule, Turns
 from lightning_modules.few_shot import FewShot
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.saved_runs import plain, stated
+from lightning_modules.stored_synthesis import student_settings
 from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
@@ -129,24 +130,16 @@ def add_generated(job: Job, teacher: Teacher, conversion: Conversion, images: Ca
         "student": student_settings(job) if module.compares_students else None,
         "seed": job.cfg.seed,
     }
-    store, made = SampleStore(job.cfg.paths.store), []
 
     def make() -> Tensor:
         _fit(job, teacher, module)
-        made.append(module.stage)
         return module.generated(count).float()
 
-    together = torch.cat([images.images, store.get_or_make(recipe, make)])
-    digest = fingerprint({"images": together})
-    facts = {"count": len(together), "digest": digest, "added": count, "added_from_store": not made}
+    together = torch.cat([images.images, SampleStore(job.cfg.paths.store).get_or_make(recipe, make)])
+    digest, from_store = fingerprint({"images": together}), module.stage not in job.fitted
+    facts = {"count": len(together), "digest": digest, "added": count, "added_from_store": from_store}
     job.record.add(images=job.record.facts["images"] | facts)
     return dataclasses.replace(images, images=together, digest=digest, labels=None)
-
-
-def student_settings(job: Job) -> dict[str, Any]:
-    """What a student depends on before it has learned."""
-    settings = plain(job.cfg)
-    return {key: settings[key] for key in ("protocol", "weight", "activation", "bits")}
 
 
 def distill(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> None:

@@ -19,6 +19,7 @@ from synthesis.analytic_ranges import Deviations, set_analytic_ranges
 from synthesis.store import SampleStore
 
 RECIPE_VERSION = 2  # raise it when the same settings make other images than before, by more than rounding
+STUDENT = ("protocol", "weight", "activation", "bits")  # groups of the configuration that make one
 
 
 def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
@@ -36,6 +37,8 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
             "count": count,
             "seed": cfg.seed,
         }
+        if any(term.uses_student for term in instantiate(cfg.generator.get("guidance", {}), _convert_="all").values()):
+            recipe["student"] = student_settings(job)
         job.record.add(stored_images=store.path(recipe).name)
 
         def build(count: int, first_batch: int = 0) -> GeneratorModule:
@@ -75,10 +78,15 @@ def synthesizer(job: Job, teacher: Teacher) -> Callable[[int], Tensor]:
     return make
 
 
+def student_settings(job: Job) -> dict[str, Any]:
+    """What a student depends on before it has learned."""
+    settings = plain(job.cfg)
+    return {key: settings[key] for key in STUDENT}
+
+
 def rounded_student(job: Job, teacher: Teacher) -> nn.Module:
     """The student rounded to nearest, with ranges that need no image: what adaptive synthesis compares with."""
-    cfg = job.cfg
-    parts = [instantiate(cfg[name]) for name in ("protocol", "weight", "activation", "bits")]
+    parts = [instantiate(job.cfg[key]) for key in STUDENT]
     conversion = convert(teacher.network, teacher.example(), *parts)
     set_analytic_ranges(conversion, rule=Deviations())
     return hardened_copy(conversion.student).requires_grad_(False).to(job.device)
