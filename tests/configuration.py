@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from quantizers.hessian import ClosedForm
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -22,6 +25,7 @@ SMALL = (
     "logger=none",
     "show.units=false",
 )
+NO_IMAGES = tuple(option for option in SMALL if not option.startswith("calibration.count"))
 
 
 def options(group: str) -> list[str]:
@@ -40,3 +44,9 @@ def composed(overrides: Iterable[str] = (), folder: Path | None = None) -> DictC
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     return cfg
+
+
+def choosing(weight: str) -> list[str]:
+    """Overrides that choose a rounding, and the reconstruction that it needs where it is solved in closed form."""
+    solved = issubclass(get_class(OmegaConf.load(CONF / "weight" / f"{weight}.yaml")["_target_"]), ClosedForm)
+    return [f"weight={weight}", *(["reconstruction=closed_form"] if solved else [])]

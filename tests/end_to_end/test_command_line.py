@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.configuration import ROOT, SMALL
+from tests.command_line import Done, call, calls
+from tests.configuration import SMALL
 
-
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "WANDB_MODE": "offline",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "160",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+MISTAKES = {  # and a part of what is said about them
+    "bits=w1a1": "w4a4",  # Hydra lists the options there are
+    "reconstruction.itterations=5": "itterations",
+    "bits.activation=40": "bits.activation",
+    "model.architecture=resnet21": "resnet21",
+    "data=cifar10": "choose data that fits the model",
+}
 
 
 def test_help_explains_itself(tmp_path: Path) -> None:
@@ -30,20 +25,16 @@ def test_help_explains_itself(tmp_path: Path) -> None:
         assert word in text
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("bits=w1a1", "w4a4"),  # Hydra lists the options there are
-        ("reconstruction.itterations=5", "itterations"),
-        ("bits.activation=40", "bits.activation"),
-        ("model.architecture=resnet21", "resnet21"),
-        ("data=cifar10", "choose data that fits the model"),
-    ],
-)
-def test_mistakes_are_named(tmp_path: Path, override: str, message: str) -> None:
-    done = call(tmp_path, *SMALL, override)
-    assert done.returncode != 0
-    assert message in done.stderr + done.stdout
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    found = calls(tmp_path_factory.mktemp("mistakes"), [[*SMALL, override] for override in MISTAKES])
+    return dict(zip(MISTAKES, found, strict=True))
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_are_named(mistaken: dict[str, Done], override: str) -> None:
+    assert mistaken[override].returncode != 0
+    assert MISTAKES[override] in mistaken[override].text
 
 
 def test_sweep_ends_in_a_table_and_each_job_has_its_own_wandb_run(tmp_path: Path) -> None:

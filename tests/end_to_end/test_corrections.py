@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lightning_modules.job import Job
 from run import run_job
 from tests.configuration import SMALL, composed
 from tests.killing import Kill, killing
+from tests.saved_students import student
 
 ALL = "[equalization,bias_absorption,outlier_splitting,bn_reestimation,bias_correction,bias_tuning,network_polish]"
 SHORT = ("corrections.bias_tuning.steps=2", "corrections.network_polish.steps=3")
@@ -22,10 +22,6 @@ NOISE = (*SMALL, "calibration=noise", "weight=nearest_minmax", "data.limit=16")
 
 def facts_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
-
-
-def student(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student.safetensors")
 
 
 def test_steps_are_recorded_in_their_order_and_the_student_reloads(

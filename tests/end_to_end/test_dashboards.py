@@ -21,8 +21,8 @@ from lightning_modules.saved_students import load_student_from
 from run import run_job
 from tests.callbacks.offline_runs import OfflineRun, read_runs
 from tests.cluster.sweeps import place
+from tests.command_line import call
 from tests.configuration import ROOT, SMALL, composed
-from tests.end_to_end.test_command_line import call
 
 QUIET = [argument for argument in SMALL if not argument.startswith("logger")]
 OFFLINE = [*QUIET, "logger=wandb", "logger.wandb.offline=true"]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.report import result_row
 from run import run_job
-from tests.configuration import CONF, SMALL, composed, options
+from tests.configuration import CONF, SMALL, choosing, composed, options
 
 NOISE = [*SMALL, "calibration=noise"]
 GOES_WITH = {"closed_form": ["weight=gptq"]}  # reconstructions that need a weight quantizer of their own
@@ -105,3 +105,42 @@ def test_every_job_of_a_sweep_composes(sweep: str) -> None:
         for value in values_of(f"{key}={values}"):
             cfg = composed([*fixed, f"{key}={value}"])
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_runs_on_a_tiny_network(experiment: str, tmp_path: Path) -> None:
+    chosen = composed([f"experiment={experiment}"])
+    small = [
+        setting for setting in SMALL if setting.split("=")[0] != "calibration.count" or "count" in chosen.calibration
+    ]
+    if chosen.distillation.epochs:
+        small += ["distillation.epochs=2", "distillation.warmup=1", "distillation.steps=2"]
+    cfg = composed([f"experiment={experiment}", *small, "model.checkpoint=null"], tmp_path)
+    assert "test/quantized/top1" in run_job(cfg)
+
+
+@pytest.mark.parametrize("generator", options("generator"))
+def test_every_generator_runs(generator: str, tmp_path: Path) -> None:
+    run_job(composed([*SMALL, f"generator={generator}", "calibration.count=20", "reconstruction=none"], tmp_path))
+
+
+# In closed form nothing is learned, so one activation shows what all would.
+PAIRS = [(w, a) for w in options("weight") for a in options("activation") if a == "fixed" or len(choosing(w)) == 1]
+
+
+@pytest.mark.parametrize(("weight", "activation"), PAIRS)
+def test_every_quantizer_runs(weight: str, activation: str, tmp_path: Path) -> None:
+    chosen = [*choosing(weight), f"activation={activation}", "calibration=noise"]
+    metrics = run_job(composed([*SMALL, *chosen], tmp_path))
+    assert 0 <= metrics["test/quantized/top1"] <= 100
+
+
+@pytest.mark.parametrize("weight", [option for option in options("weight") if option != "squant"])  # flips at once
+def test_nearest_is_rounded_to_nearest_whatever_is_learned(weight: str, tmp_path: Path) -> None:
+    searched = OmegaConf.load(CONF / "weight" / f"{weight}.yaml")["range"]
+    same_range = ["weight.range._target_=quantizers.ranges.MinMax"]
+    same_range += [f"~weight.range.{key}" for key in searched if key != "_target_"]
+    small = [*SMALL, "calibration=noise", "bits=w2a4"]
+    learned = run_job(composed([*small, *choosing(weight), *same_range], tmp_path))
+    plain = run_job(composed([*small, "weight=nearest_minmax", "reconstruction=none"], tmp_path))
+    assert learned["test/nearest/kl"] == plain["test/quantized/kl"] == plain["test/nearest/kl"]

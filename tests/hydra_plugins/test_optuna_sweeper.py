@@ -28,8 +28,8 @@ from hydra_plugins.calibrant_optuna._results import Results
 from hydra_plugins.calibrant_optuna._search import Search
 from hydra_plugins.calibrant_optuna._space import Space, points, read_space
 from hydra_plugins.calibrant_optuna._study import open_study, sampler_factory
+from tests.command_line import call
 from tests.configuration import CONF, ROOT, SMALL, composed, options
-from tests.end_to_end.test_command_line import call
 
 NO_LOADER: Any = SimpleNamespace(list_groups=lambda *_: [], get_group_options=lambda *_, **__: [])
 SPACE = ["x=range(0,8)", "y=interval(-1,1)"]

@@ -13,7 +13,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors.torch import load_file
 
 from lightning_modules.interruption import RESTARTED, Interrupted, Interruption
 from lightning_modules.job import Job
@@ -21,6 +20,7 @@ from lightning_modules.processes import end_with_parent, limit_threads
 from run import run_job
 from tests.callbacks.offline_runs import read_runs
 from tests.configuration import SMALL, composed
+from tests.saved_students import same, student
 
 SHORT = (
     *SMALL,
@@ -46,14 +46,6 @@ class Send(pl.Callback):
 def sending(signum: int, stage: str, step: int) -> list[str]:
     target = f"_target_: {__name__}.Send, signum: {signum}, stage: {stage}, step: {step}"
     return [*SHORT, f"+callbacks.send={{{target}, folder: '${{paths.output}}'}}"]
-
-
-def student(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def record(folder: Path) -> dict[str, Any]:
