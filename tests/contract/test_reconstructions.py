@@ -17,7 +17,7 @@ from quantizers.gptq import GPTQ
 from quantizers.ranges import MinMax
 from tests.configuration import CONF, options
 from tests.contract.test_quantizers import factory
-from tests.lightning_modules.test_block_reconstruction import trainer_of
+from tests.lightning_modules.reconstruction_runs import trainer_of
 from tests.reconstruction.students import images, resnet8, student_of
 
 OBJECTIVES = sorted(path.stem for path in (CONF / "reconstruction" / "objective").glob("*.yaml"))

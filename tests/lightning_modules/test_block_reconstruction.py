@@ -1,11 +1,11 @@
+"""Reconstruction equals a plain loop, beats rounding to nearest, learns what it should and leaves the rest alone."""
+
 from __future__ import annotations
 
 import copy
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,156 +13,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from callbacks.checkpoint import StageCheckpoint
-from lightning_modules.block_reconstruction import BlockReconstructionModule
-from lightning_modules.job import SAFE_LOADING
 from lightning_modules.reconstruction import build_reconstruction
 from quantizers.adaquant import AdaQuant
 from quantizers.adaround import AdaRound
-from quantizers.convert import Conversion
-from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of, sites
+from quantizers.layer import quantizers_of, sites
 from quantizers.lsq import LSQ
 from quantizers.nearest import Nearest, NearestActivation
-from quantizers.qdrop import qdrop
 from quantizers.ranges import MinMax
-from reconstruction.extract import extract
-from reconstruction.fisher import DiagonalFisher
-from reconstruction.objectives import PowerError
-from reconstruction.partition import partition
-from reconstruction.prediction_difference import PredictionDifference
-from reconstruction.schedules import index_batches, seed_of
+from tests.lightning_modules.plain_reconstruction import plain_loop
+from tests.lightning_modules.reconstruction_runs import OBJECTIVES, SETTINGS, KillAndWatch, learn, same, trainer_of
 from tests.reconstruction.students import images, resnet8, student_of
-
-SETTINGS: dict[str, Any] = {
-    "iterations": 5,
-    "batch_size": 4,
-    "forward_batch_size": 16,
-    "regularizer_weight": 0.1,
-    "seed": 3,
-}
-
-
-def trainer_of(module: BlockReconstructionModule, **arguments: Any) -> pl.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(accelerator="cpu", devices=1, **(quiet | module.trainer_arguments() | arguments))
-
-
-def learn(conversion: Conversion, x: Tensor, *, trainer: dict[str, Any] | None = None, **arguments: Any) -> Any:
-    module, datamodule = build_reconstruction(conversion=conversion, images=x, **(SETTINGS | arguments))
-    trainer_of(module, **(trainer or {})).fit(module, datamodule=datamodule)
-    return module
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def squared_error(y: Tensor, target: Tensor) -> Tensor:
-    """Summed over channels, averaged over positions and then over images."""
-    return (y - target).square().sum(1).view(len(y), -1).mean(1).mean()
-
-
-def kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of each image."""
-    p, q = (teacher / temperature).log_softmax(1), (logits / temperature).log_softmax(1)
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
-
-
-def fisher_weights(z: Tensor, tail: Callable[[Tensor], Tensor], teacher: Tensor) -> Tensor:
-    """Squared gradients of the divergence at `z`, of mean 1."""
-    z = z.detach().requires_grad_()
-    (g,) = torch.autograd.grad(kl(teacher, tail(z), 1.0).sum(), z)
-    mean = g.double().square().flatten(1).sum(1).mean() / g[0].numel()
-    return (g / float(mean.sqrt())).square()
-
-
-def plain_loop(
-    conversion: Conversion,
-    x: Tensor,
-    *,
-    iterations: int,
-    batch_size: int,
-    drop: float,
-    seed: int,
-    objective: str = "mse",
-    parallel: bool = False,
-) -> None:
-    """The oracle: blocks one after the other, an Adam and its schedules for each, nothing of Lightning."""
-    x_q = x_fp = x
-    generator = torch.Generator()
-    units = partition(conversion.reference, "block")
-    with torch.no_grad():
-        logits = conversion.reference(x)
-    for k, unit in enumerate(units):
-        behind = [extract(conversion.reference, other) for other in units[k + 1 :]]
-        student, teacher = extract(conversion.student, unit), extract(conversion.reference, unit)
-        with torch.no_grad():
-            target = teacher(x_fp)[0]
-
-        def tail(z: Tensor, behind: list[fx.GraphModule] = behind) -> Tensor:
-            for part in behind:
-                (z,) = part(z)
-            return z
-
-        rounded = [m.weight_quantizer for m in student.modules() if isinstance(m, QuantizedLayer)]
-        active = [m for m in student.modules() if isinstance(m, ActivationSite)]
-        groups = [g for q in (*rounded, *(s.quantizer for s in active)) for g in q.parameter_groups()]
-        if groups:
-            nearest = copy.deepcopy(student)
-            for _, quantizer in quantizers_of(nearest):
-                quantizer.harden()
-            with torch.no_grad():
-                at_entry = nearest(x_q)[0]
-            weights = fisher_weights(at_entry, tail, logits) if objective == "fisher" else torch.ones_like(target)
-
-            def error_of(y: Tensor, index: Any, *, z: Tensor = target, w: Tensor = weights, tail: Any = tail) -> Tensor:
-                if objective == "fisher":
-                    return (w[index] * (y - z[index]).square()).sum(1).view(len(y), -1).mean(1).mean()
-                if objective == "pd":
-                    images = (y - z[index]).square().sum(1).view(len(y), -1).mean(1)
-                    return (images + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
-                return squared_error(y, z[index])
-
-            with torch.no_grad():
-                entry = float(error_of(at_entry, slice(None)))
-            optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["lr"]} for g in groups])
-            cosine = [g["anneal"] == "cosine" for g in groups]
-            factors = [(lambda t, c=c: 0.5 * (1 + math.cos(math.pi * t / iterations)) if c else 1.0) for c in cosine]
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-            soft = [q for q in rounded if isinstance(q, AdaRound)]
-            sizes = [q.V.numel() for q in soft]
-            for t, index in enumerate(index_batches(len(x), batch_size, iterations, seed=seed_of(seed, "joint", k))):
-                inputs = x_q[index]
-                if drop:
-                    generator.manual_seed(seed_of(seed, "joint", k, t, 0))
-                    inputs = inputs if parallel else qdrop(inputs, x_fp[index], drop, generator)
-                    for site in active:
-                        site.train()
-                        site.drop, site.generator = drop, generator
-                error = error_of(student(inputs)[0], index) / entry
-                penalty = sum(n / sum(sizes) * q.regularizer(t / iterations) for q, n in zip(soft, sizes, strict=True))
-                optimizer.zero_grad()
-                (error + 0.1 * penalty).backward()
-                optimizer.step()
-                schedule.step()
-            for quantizer in (*rounded, *(s.quantizer for s in active)):
-                quantizer.harden()
-            for site in active:
-                site.eval()
-                site.drop, site.generator = 0.0, None
-        with torch.no_grad():
-            x_q, x_fp = target if parallel else student(x_q)[0], target
-
-
-OBJECTIVES = {"mse": PowerError(), "fisher": DiagonalFisher(), "pd": PredictionDifference()}
 
 
 @pytest.mark.parametrize(
@@ -210,92 +72,6 @@ def test_objectives_are_float32_under_autocast(objective: str, monkeypatch: pyte
     )
     assert seen == {torch.float32}
     assert all(math.isfinite(row["error_hard"]) for row in module.results)
-
-
-class KillAndWatch(pl.Callback):
-    """Save and raise after step `kill`; note parameters, Adam's moments and learning rates after step `watch`."""
-
-    def __init__(self, kill: int | None, watch: int, path: Path | None = None) -> None:
-        self.kill, self.watch, self.path = kill, watch, path
-        self.seen: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.watch:
-            parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-            states = [v for p in parameters for v in trainer.optimizers[0].state.get(p, {}).values()]
-            self.seen = [t.detach().clone() for t in (*parameters, *states)]
-            self.seen += [torch.tensor([group["lr"] for group in trainer.optimizers[0].param_groups])]
-        if trainer.global_step == self.kill:
-            if self.path is not None:
-                trainer.save_checkpoint(self.path)
-            raise InterruptedError("killed")
-
-
-@pytest.mark.parametrize(
-    ("phases", "kill", "objective"),
-    [
-        *(("joint", kill, "mse") for kill in (3, 5, 25)),
-        *(("weights_then_activations", kill, "mse") for kill in (8, 25, 28, 45)),
-        *(("joint", kill, "fisher") for kill in (8, 10, 25)),
-        ("weights_then_activations", 28, "fisher"),
-        ("joint", 8, "pd"),
-    ],
-)
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, phases: str, kill: int, objective: str) -> None:
-    x = images(10)
-    arguments: dict[str, Any] = {"phases": phases, "activation_iterations": 5, "holdout": 0.2}
-    arguments |= {"objective": OBJECTIVES[objective], "bias_lr": 1e-3}
-    arguments |= {"drop": 0.5 if phases == "joint" else 0.0}
-    whole = student_of(resnet8(), x)
-    uninterrupted = KillAndWatch(None, kill + 1)
-    expected = learn(whole, x, trainer={"callbacks": [uninterrupted]}, **arguments)
-
-    killed = student_of(resnet8(), x)
-    with pytest.raises(InterruptedError):
-        learn(killed, x, trainer={"callbacks": [KillAndWatch(kill, -1, tmp_path / "last.ckpt")]}, **arguments)
-    assert all(site.enabled and not site.training for _, site in sites(killed.student))
-
-    resumed = student_of(resnet8(), x)
-    module, datamodule = build_reconstruction(conversion=resumed, images=x, **(SETTINGS | arguments))
-    after = KillAndWatch(None, kill + 1)
-    trainer = trainer_of(module, callbacks=[after])
-    trainer.fit(module, datamodule=datamodule, ckpt_path=tmp_path / "last.ckpt", **SAFE_LOADING)
-    assert same(resumed.student, whole.student)
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in m.results] for m in (module, expected)]
-    assert rows[0] == rows[1]
-    assert len(after.seen) == len(uninterrupted.seen)
-    assert bool(after.seen) == (kill < module.total_steps)
-    assert all(torch.equal(a, b) for a, b in zip(after.seen, uninterrupted.seen, strict=True))
-
-
-class SaveAndKill(StageCheckpoint):
-    """Write the stage's checkpoint after step `kill`, and raise."""
-
-    def __init__(self, kill: int | None, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.kill = kill
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.kill:
-            self.save(trainer, pl_module)
-            raise InterruptedError("killed")
-
-
-@pytest.mark.parametrize("kills", [(2, 3), (4, 6), (1, 2, 3), (8, 9)])
-def test_killed_again_after_it_was_resumed_equals_uninterrupted(tmp_path: Path, kills: Sequence[int]) -> None:
-    x, short = images(10), {"iterations": 2, "drop": 0.5}
-    whole = student_of(resnet8(), x)
-    expected = learn(whole, x, **short)
-    assert expected.total_steps == 10  # an epoch of two steps for each of five units
-    checkpoint = tmp_path / "reconstruction.ckpt"
-    for kill in (*kills, None):
-        conversion = student_of(resnet8(), x)
-        module, datamodule = build_reconstruction(conversion=conversion, images=x, **(SETTINGS | short))
-        trainer = trainer_of(module, callbacks=[SaveAndKill(kill, tmp_path)])
-        resumed = {"ckpt_path": checkpoint, **SAFE_LOADING} if checkpoint.exists() else {}
-        with pytest.raises(InterruptedError) if kill else nullcontext():
-            trainer.fit(module, datamodule=datamodule, **resumed)
-    assert same(conversion.student, whole.student)
 
 
 def test_a_barebones_trainer_without_callbacks_gives_the_same_numbers() -> None:

@@ -17,7 +17,7 @@ from quantizers.convert import Conversion
 from quantizers.layer import quantizers_of
 from synthesis.store import SampleStore
 from tests.lightning_modules import shared_units
-from tests.lightning_modules.test_block_reconstruction import SETTINGS, learn, same, trainer_of
+from tests.lightning_modules.reconstruction_runs import SETTINGS, learn, same, trainer_of
 from tests.reconstruction.students import images, resnet8, student_of
 
 PARALLEL: dict[str, Any] = SETTINGS | {"schedule": "parallel", "iterations": 3}
