@@ -19,15 +19,9 @@ from synthesis.views import AveragePool, Identity, InTurn
 from tests.lightning_modules.synthesis_runs import (
     SIZE,
     build,
-    trained,
     trainer,
 )
 from tests.lightning_modules.training import Interrupt, InterruptAt
-
-
-@pytest.fixture
-def network() -> CifarResNet:
-    return trained()
 
 
 class GlimpseOf(Callback):

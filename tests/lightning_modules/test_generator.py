@@ -24,14 +24,8 @@ from tests.lightning_modules.synthesis_runs import (
     build,
     everything,
     make,
-    trained,
     trainer,
 )
-
-
-@pytest.fixture
-def network() -> CifarResNet:
-    return trained()
 
 
 def test_agrees_with_a_plain_loop(network: CifarResNet) -> None:

@@ -22,15 +22,9 @@ from tests.lightning_modules.synthesis_runs import (
     build,
     everything,
     make,
-    trained,
     trainer,
 )
 from tests.lightning_modules.training import Interrupt, InterruptAt
-
-
-@pytest.fixture
-def network() -> CifarResNet:
-    return trained()
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -16,15 +16,9 @@ from networks.cifar_resnet import CifarResNet
 from tests.lightning_modules.synthesis_runs import (
     build,
     make,
-    trained,
     trainer,
 )
 from tests.lightning_modules.training import Interrupt, InterruptAt
-
-
-@pytest.fixture
-def network() -> CifarResNet:
-    return trained()
 
 
 def test_divergence_names_step_and_place(network: CifarResNet) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,20 +17,8 @@ from networks.cifar_resnet import CifarResNet
 from networks.fixup_resnet import FixupResNet
 from synthesis.guidance import Answer, CrossEntropy
 from synthesis.priors import L2Norm
-
-SIZE = (3, 8, 8)
-CONF = Path(__file__).parents[2] / "conf" / "generator"
-
-
-@pytest.fixture
-def network() -> CifarResNet:
-    torch.manual_seed(0)
-    network = CifarResNet(8)
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.rand(16, *SIZE))
-    return network.eval()
-
+from tests.configuration import CONF
+from tests.lightning_modules.synthesis_runs import SIZE
 
 # torch looks at .grad of what enters a compiled function and hides the warning, but not from those who raise it:
 # torch._dynamo.variables.builder.safe_has_grad
@@ -57,7 +44,7 @@ def made(
     losses: Losses | None = None,
     **changes: Any,
 ) -> GeneratorModule:
-    cfg = OmegaConf.load(CONF / f"{preset}.yaml")
+    cfg = OmegaConf.load(CONF / "generator" / f"{preset}.yaml")
     assert not isinstance(cfg, list)
     cfg = OmegaConf.merge(cfg, {"batch_size": 4, "steps": 6, "schedule": None})
     if cfg.get("lse"):
@@ -95,19 +82,23 @@ def test_a_share_of_the_batches_is_bitwise_that_part_of_the_whole(network: Cifar
 
 @pytest.mark.parametrize("preset", ["gdfq", "intraq_cifar10"])
 def test_batches_that_depend_on_each_other_are_not_shared(network: CifarResNet, preset: str) -> None:
-    module = instantiate(OmegaConf.load(CONF / f"{preset}.yaml"))(network=network, input_size=SIZE, seed=0, count=4)
+    module = instantiate(OmegaConf.load(CONF / "generator" / f"{preset}.yaml"))(
+        network=network, input_size=SIZE, seed=0, count=4
+    )
     assert not module.independent
 
 
 def test_batches_are_shared_where_the_margin_is_off(network: CifarResNet) -> None:
     """IntraQ as released for ImageNet: every batch stands alone, and no features are asked for."""
-    module = instantiate(OmegaConf.load(CONF / "intraq.yaml"))(network=network, input_size=SIZE, seed=0, count=4)
+    module = instantiate(OmegaConf.load(CONF / "generator" / "intraq.yaml"))(
+        network=network, input_size=SIZE, seed=0, count=4
+    )
     assert module.independent
     assert module._features is None
 
 
 def test_noise_needs_no_batch_norm() -> None:
-    build = instantiate(OmegaConf.load(CONF / "noise.yaml"))
+    build = instantiate(OmegaConf.load(CONF / "generator" / "noise.yaml"))
     module = build(network=FixupResNet(8).eval(), input_size=SIZE, seed=0, count=4)
     module.render()
     assert bool(module.images.isfinite().all())
