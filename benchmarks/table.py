@@ -144,7 +144,8 @@ def options(*choices: str) -> DictConfig:
 def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     """Whether `new` measures again what `old` did: the same columns, asked for by the same experiment and overrides.
 
-    Not the same configuration: after a change of defaults the same command replaces its rows. Rows from before
+    Not the same configuration: after a change of defaults the same command replaces its rows. Other overrides that come
+    to the same `changes` replace them as well: what once had to be said is an option's default now. Rows from before
     `experiment` was a column agree with any, and say in `changes` what their command line set.
     """
 
@@ -155,7 +156,11 @@ def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     if any(text(new, key) != text(old, key) for key in IDENTITY):
         return False
     if old.get("experiment"):
-        return all(text(new, key) == text(old, key) for key in ("experiment", "overrides"))
+        same = text(new, "overrides") == text(old, "overrides") or new.get("changes") == old.get("changes") not in (
+            None,
+            "",
+        )
+        return same and text(new, "experiment") == text(old, "experiment")
     settings = [o for o in (new.get("overrides") or "").split() if "." in o.split("=")[0]]
     return settings == (old.get("changes") or "").split()
 

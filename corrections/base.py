@@ -19,7 +19,7 @@ class Calibration(NamedTuple):
 
     `conversion`: student, with hardened quantizers, and float reference on one device. `images`: (N, C, H, W),
     normalised; N may be 0. `batch_size`: images at a time. `expected_means`: computes, without images, the expected
-    mean (C,) of every tensor of the reference by node name.
+    mean (C,) of every tensor of the reference by node name, but for those behind an operator that is not known.
     """
 
     conversion: Conversion

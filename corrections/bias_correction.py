@@ -59,7 +59,8 @@ class BiasCorrection(StudentCorrection):
 class AnalyticBiasCorrection(StudentCorrection):
     """Without images: b -= (W_q - W) E[x], with E[x] from stored statistics; errors of activations are not counted.
 
-    Borders are ignored: padded positions count as if the input had its mean there.
+    Borders are ignored: padded positions count as if the input had its mean there. Layers whose input has no known mean
+    are left alone, and named in the record as `skipped`.
     """
 
     needs_images = False

@@ -10,7 +10,7 @@ An epoch of the Trainer is one unit in one phase. The numbers are those of a pla
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,7 +21,7 @@ from quantizers.layer import quantizers_of
 from quantizers.qdrop import qdrop
 from reconstruction.activations import ActivationCache
 from reconstruction.learnables import learnables_of
-from reconstruction.measurement import Measurement, as_soft, relative, warn_if_soft
+from reconstruction.measurement import Measurement, as_soft, relative, warn_of
 from reconstruction.objectives import UnitLoss
 from reconstruction.optimizer import adam_for_all, plan
 from reconstruction.partition import Unit
@@ -48,7 +48,7 @@ class BlockReconstructionModule(pl.LightningModule):
         batch_size: images per step, shared among the processes.
         loss: objective, its normalisation, and the weight of the rounding regularizer.
         drop: probability of an element to stay float, in a unit's input and at its sites; 0 switches QDrop off.
-        bias_lr: learning rate of biases; None leaves them.
+        bias_rates: learning rate of the bias of each quantized layer, by its path; None leaves biases.
         rates_stated_for: steps that the learning rates are meant for; see `adam_for_all`.
         seed: of index batches, dropping and held-out images.
         parallel: whether every unit reads the float network's values (QDrop then mixes nothing into its input).
@@ -69,7 +69,7 @@ class BlockReconstructionModule(pl.LightningModule):
         batch_size: int = 32,
         loss: UnitLoss | None = None,
         drop: float = 0.5,
-        bias_lr: float | None = None,
+        bias_rates: Mapping[str, float] | None = None,
         rates_stated_for: int | None = None,
         seed: int = 0,
         parallel: bool = False,
@@ -81,7 +81,7 @@ class BlockReconstructionModule(pl.LightningModule):
         self.student, self.units = student, list(units)
         self.batch_size, self.loss, self.drop, self.seed = batch_size, loss or UnitLoss(), drop, seed
         self.rates_stated_for, self.parallel, self.share = rates_stated_for, parallel, share
-        self.learnables = learnables_of(student, self.units, bias_lr=bias_lr)
+        self.learnables = learnables_of(student, self.units, bias_rates=bias_rates)
         self.epochs = epochs_of_share(plan(iterations, self.learnables), self.learnables, share, parallel=parallel)
         self.switches = Switches(student, self.learnables, drop)
         self.results: list[dict[str, Any]] = []
@@ -256,7 +256,7 @@ class BlockReconstructionModule(pl.LightningModule):
         row = relative(errors) | {"soft_fraction": soft_fraction, "seconds": time.monotonic() - self.started}
         name = self.units[epoch.unit].name
         self._log({f"reconstruction/{name}/{key}": value for key, value in row.items()})
-        warn_if_soft(name, row)
+        warn_of(name, row)
         self.results.append({"unit": name, "phase": epoch.phase} | row)
         self._freeze(epoch)
 

@@ -87,5 +87,5 @@ class Corrections:
 
 
 def expected_means(conversion: Conversion) -> Callable[[], dict[str, Tensor]]:
-    """Computes the expected mean of every tensor of the reference from what BatchNorm stored."""
-    return lambda: {name: moments.mean for name, moments in reference_moments(conversion).items()}
+    """Computes the expected mean of the tensors of the reference from what BatchNorm stored, of those that have one."""
+    return lambda: {name: moments.mean for name, moments in reference_moments(conversion, skip_unknown=True).items()}

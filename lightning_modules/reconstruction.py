@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from corrections.execution import output_moments
 from datamodules.activations import UnitActivations
 from lightning_modules.block_reconstruction import BlockReconstructionModule
 from quantizers.convert import Conversion
@@ -41,6 +42,7 @@ def build_reconstruction(
     normalization: Normalization = "entry_error",
     objective: Objective | None = None,
     bias_lr: float | None = None,
+    bias_relative: bool = True,
     rates_stated_for: int | None = None,
     holdout: float = 0.0,
     residency: Residency = "auto",
@@ -71,6 +73,8 @@ def build_reconstruction(
         normalization: see `UnitLoss`.
         objective: the error of a unit; None: the squared error.
         bias_lr: learning rate of biases; None leaves them.
+        bias_relative: whether it is a share of the deviation of the layer's float outputs, measured on the first
+            `forward_batch_size` images; otherwise it is in their unit.
         rates_stated_for: steps that learning rates are meant for, but for quantizers that say so themselves; with fewer
             they are raised.
         holdout: share of the images that is never learned from.
@@ -95,6 +99,7 @@ def build_reconstruction(
         raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}")
     _expect_a_rounding_for(phases, conversion)
     units = partition(conversion.reference, granularity, merges=merges)
+    measured = images[:forward_batch_size] if bias_relative else None
     module = BlockReconstructionModule(
         conversion.student,
         units,
@@ -102,7 +107,7 @@ def build_reconstruction(
         batch_size=batch_size,
         loss=UnitLoss(regularizer_weight, normalization, objective or PowerError()),
         drop=drop,
-        bias_lr=bias_lr,
+        bias_rates=None if bias_lr is None else _bias_rates(bias_lr, conversion, measured),
         rates_stated_for=rates_stated_for,
         seed=seed,
         parallel=schedule == "parallel",
@@ -125,6 +130,16 @@ def build_reconstruction(
         conversion.reference, units, images, residency=residency, batch_size=forward_batch_size, holdout=holdout
     )
     return module, datamodule
+
+
+def _bias_rates(lr: float, conversion: Conversion, images: Tensor | None) -> dict[str, float]:
+    """The rate of every layer's bias: `lr`, or with images `lr` of the deviation of its float outputs on these."""
+    layers = [path for path, _ in quantized_layers(conversion.student)]
+    if images is None:
+        return dict.fromkeys(layers, lr)
+    moments = output_moments(conversion.reference, layers, images, len(images))
+    # a layer whose module is never called (its weight is read elsewhere) has no outputs, and keeps its bias
+    return {path: lr * float(m.var.mean().sqrt()) if m.count else 0.0 for path, m in moments.items()}
 
 
 def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:

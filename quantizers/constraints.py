@@ -51,7 +51,9 @@ def constrained(protocol: Protocol, weight: Factory, activation: Factory) -> tup
 
 
 def _power_of_two(name: str, factory: Factory) -> Factory:
-    inner = factory.keywords.get("range") if isinstance(factory, partial) else None
+    inner, stated = None, factory
+    while inner is None and isinstance(stated, partial):  # partials of a subclass, as Hydra makes them, are nested
+        inner, stated = stated.keywords.get("range"), stated.func
     if not isinstance(inner, Range):
         raise ValueError(
             f"{name}: expected a partial with a range, which protocol.power_of_two rounds, got {factory!r}"

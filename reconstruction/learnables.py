@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,23 +22,32 @@ class Learnables:
     Args:
         student: cuts the quantized network, which is calibrated.
         unit: the part of it.
-        bias_lr: learning rate of the biases of quantized layers; None leaves them as they are.
+        bias_rates: learning rate of the bias of each quantized layer, by its path; None leaves biases as they are.
         taken: parameters that an earlier unit learns (a layer that runs twice); this unit adds its own.
     """
 
-    def __init__(self, student: Cutter, unit: Unit, *, bias_lr: float | None, taken: set[Tensor]) -> None:
+    def __init__(
+        self, student: Cutter, unit: Unit, *, bias_rates: Mapping[str, float] | None, taken: set[Tensor]
+    ) -> None:
         targets = [str(node.target) for node in student.members(unit) if node.op == "call_module"]
-        modules = [student.graph_module.get_submodule(target) for target in targets]
-        layers = {layer: None for module in modules for _, layer in quantized_layers(module) if layer.enabled}
-        found = {site: None for module in modules for _, site in sites(module) if site.enabled}
+        modules = {target: student.graph_module.get_submodule(target) for target in targets}
+        layers = {
+            layer: f"{target}.{path}" if path else target
+            for target, module in modules.items()
+            for path, layer in quantized_layers(module)
+            if layer.enabled
+        }
+        found = {site: None for module in modules.values() for _, site in sites(module) if site.enabled}
         self.sites: list[ActivationSite] = list(found)
         self.weight_quantizers = [layer.weight_quantizer for layer in layers]
         self._biases: list[Tensor] = []
         weights = [group for quantizer in self.weight_quantizers for group in quantizer.parameter_groups()]
-        if bias_lr is not None:
-            self._biases = [layer.bias for layer in layers if layer.bias is not None]
-            group = {"params": self._biases, "lr": bias_lr, "anneal": "constant", "kind": "bias"}
-            weights += [group] if self._biases else []
+        if bias_rates is not None:
+            rates = {layer.bias: bias_rates[path] for layer, path in layers.items() if layer.bias is not None}
+            self._biases = list(rates)
+            weights += [
+                {"params": [bias], "lr": lr, "anneal": "constant", "kind": "bias"} for bias, lr in rates.items()
+            ]
         activations = [group for site in self.sites for group in site.quantizer.parameter_groups()]
         self._groups = {"weights": _untaken(weights, taken), "activations": _untaken(activations, taken)}
         self._groups["joint"] = self._groups["weights"] + self._groups["activations"]
@@ -102,10 +111,12 @@ class Learnables:
             self.restore(before)
 
 
-def learnables_of(student: fx.GraphModule, units: Sequence[Unit], *, bias_lr: float | None = None) -> list[Learnables]:
+def learnables_of(
+    student: fx.GraphModule, units: Sequence[Unit], *, bias_rates: Mapping[str, float] | None = None
+) -> list[Learnables]:
     """The learnables of every unit; a parameter that several units share belongs to the first."""
     cutter, taken = Cutter(student), set[Tensor]()
-    return [Learnables(cutter, unit, bias_lr=bias_lr, taken=taken) for unit in units]
+    return [Learnables(cutter, unit, bias_rates=bias_rates, taken=taken) for unit in units]
 
 
 def _rounding(quantizer: Quantizer) -> list[Tensor]:

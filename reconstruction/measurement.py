@@ -16,6 +16,8 @@ from reconstruction.schedules import held_out
 
 log = logging.getLogger(__name__)
 SOFT_LIMIT = 0.01  # share of undecided roundings at a unit's end above which hardening is partly arbitrary
+WORSE_LIMIT = 2.0  # times the error of rounding to nearest, at a unit's end
+NEGLIGIBLE = 1e-3  # share of the target's power; a larger error than that of rounding to nearest may be within it
 
 
 @torch.no_grad()
@@ -89,8 +91,8 @@ def relative(errors: Mapping[str, float]) -> dict[str, Any]:
     return shares
 
 
-def warn_if_soft(unit: str, row: Mapping[str, float]) -> None:
-    """Say that a unit was hardened before its roundings were decided."""
+def warn_of(unit: str, row: Mapping[str, float]) -> None:
+    """Say that a unit was hardened before its roundings were decided, or ended worse than it began."""
     if row["soft_fraction"] > SOFT_LIMIT:
         log.warning(
             "%s: %.1f %% of the roundings were undecided when hardened (error %.2e, before %.2e); "
@@ -99,4 +101,13 @@ def warn_if_soft(unit: str, row: Mapping[str, float]) -> None:
             100 * row["soft_fraction"],
             row["error_hard"],
             row["error_soft"],
+        )
+    if row["error_hard"] > max(WORSE_LIMIT * row["error_nearest"], NEGLIGIBLE):
+        log.warning(
+            "%s: learning ended at an error of %.2e of the target's power, rounding to nearest has %.2e; lower the "
+            "learning rates, or state them as shares of what they move (activation.relative=true, "
+            "reconstruction.bias_relative=true, weight.relative=true where there is one)",
+            unit,
+            row["error_hard"],
+            row["error_nearest"],
         )

@@ -49,14 +49,14 @@ class PowerError(Objective):
     """`|student - target|^p`, summed over channels; p = 2 is the squared error, 2.4 what BRECQ uses for activations.
 
     Raises:
-        ValueError: if `p` is not positive.
+        ValueError: if `p` is below 1, where the gradient at an error of 0 is infinite.
     """
 
     p: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.p <= 0:
-            raise ValueError(f"p: expected a positive exponent, got {self.p}; 2 gives the squared error")
+        if not self.p >= 1:
+            raise ValueError(f"p: expected an exponent of at least 1, got {self.p}; 2 gives the squared error")
 
     def __call__(self, student: Tensor, target: Tensor) -> Tensor:
         """The error of each image: (N, C, *positions) twice -> (N,); float32 also under autocast."""

@@ -117,11 +117,14 @@ def set_analytic_ranges(conversion: Conversion, *, rule: AnalyticRange, stored: 
         _set(site, _shape(nodes[name], operators, moments), rule)
 
 
-def reference_moments(conversion: Conversion, *, stored: bool = True) -> dict[str, Moments]:
-    """Return the moments (C,) of every tensor of the float reference by node name, for images that are N(0, 1)."""
+def reference_moments(conversion: Conversion, *, stored: bool = True, skip_unknown: bool = False) -> dict[str, Moments]:
+    """Return the moments (C,) of every tensor of the float reference by node name, for images that are N(0, 1).
+
+    `skip_unknown`: leave out tensors whose moments cannot be known.
+    """
     prior = Moments(torch.zeros(()), torch.ones(()))
     norms = conversion.norms if stored else {}
-    found = propagate_graph(conversion.reference, prior, stored=stored, norms=norms)
+    found = propagate_graph(conversion.reference, prior, stored=stored, norms=norms, skip_unknown=skip_unknown)
     return {node.name: moments for node, moments in found.items()}
 
 

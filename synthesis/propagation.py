@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def propagate_graph(
     last: fx.Node | None = None,
     stored: bool = False,
     norms: Mapping[str, StoredNorm] | None = None,
+    skip_unknown: bool = False,
 ) -> dict[fx.Node, Moments]:
     """Return the moments of every node that is a tensor, one for each index of axis 1 (the channels).
 
@@ -99,12 +101,13 @@ def propagate_graph(
         stored: whether what enters a BatchNorm has the statistics that it stored, whatever was propagated to it; its
             output then is N(beta, gamma^2), and errors do not add up.
         norms: the same for a BatchNorm that was folded, by the path of the layer that took it in.
+        skip_unknown: leave out the nodes behind an operator that is not known, up to the next stored statistics.
 
     Returns:
         Moments (C,) in float64 on the CPU, in order of execution.
 
     Raises:
-        ValueError: at an operator that is not known; says which node.
+        ValueError: at an operator that is not known, unless these are skipped; says which node.
     """
     operators = Operators(graph_module)
     values: dict[fx.Node, Any] = {}
@@ -123,8 +126,11 @@ def propagate_graph(
                 values[node] = Moments(beta, gamma.square())
             elif stored and call.name in BATCH_NORMS:
                 values[node] = stored_output(call)
-            else:
+            elif not skip_unknown:
                 values[node] = _evaluate(call)
+            elif all(source in values for source in node.all_input_nodes):
+                with suppress(ValueError):
+                    values[node] = _evaluate(call)
         if node is last:
             break
     tensors = {node: value for node, value in values.items() if isinstance(value, Moments)}

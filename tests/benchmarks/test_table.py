@@ -115,6 +115,13 @@ def test_a_row_of_another_command_stays(other: dict[str, Any]) -> None:
     assert len(merge([ROW | other], [ROW])) == 2
 
 
+def test_another_spelling_of_the_same_settings_replaces_a_row() -> None:
+    old = ROW | {"overrides": "weight.lr=0.0001 a.b=16", "changes": "a.b=16"}  # from before that rate was the default
+    assert len(merge([old], [ROW | {"overrides": "a.b=16", "changes": "a.b=16"}])) == 1
+    assert len(merge([old], [ROW | {"overrides": "a.b=16", "changes": "a.b=16 weight.lr=0.0002"}])) == 2
+    assert len(merge([old | {"changes": ""}], [ROW | {"overrides": "a.b=16", "changes": ""}])) == 2  # not known
+
+
 def test_the_rows_of_the_cifar_file_are_replaced_by_a_rerun_of_their_command(tmp_path: Path) -> None:
     old = read_rows(ROOT / "benchmarks" / "results" / "cifar10.csv")
     records = []

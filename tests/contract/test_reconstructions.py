@@ -15,6 +15,7 @@ from torch import nn
 
 from quantizers.gptq import GPTQ
 from quantizers.ranges import MinMax
+from reconstruction.objectives import Objective
 from tests.configuration import CONF, options
 from tests.contract.test_quantizers import factory
 from tests.lightning_modules.reconstruction_runs import trainer_of
@@ -89,6 +90,13 @@ def test_every_learned_rounding_is_better_than_the_nearest_in_the_default_steps(
     assert row["error_hard_holdout"] < row["error_nearest_holdout"], row
 
 
+@pytest.mark.parametrize("option", [o for o in options("reconstruction") if o not in ("none", "closed_form")])
+def test_every_option_takes_every_objective(option: str) -> None:
+    for objective in OBJECTIVES:
+        cfg = option_of(option, f"reconstruction/objective={objective}")
+        assert isinstance(instantiate(cfg.objective), Objective)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_all_units_to_finite_errors(objective: str) -> None:
     check(learned("qdrop", f"reconstruction/objective={objective}"))
@@ -100,6 +108,7 @@ def test_presets_are_what_their_names_say() -> None:
     names = {name: option_of(name) for name in options("reconstruction")}
     assert names["adaquant"].schedule == "sequential"
     assert names["adaquant_parallel"] == OmegaConf.merge(names["adaquant"], {"schedule": "parallel"})
+    assert names["adaquant_published"] == OmegaConf.merge(names["adaquant"], {"bias_relative": False})
     assert names["genie_m"] == names["qdrop"]
     assert names["flexround"] == OmegaConf.merge(names["qdrop"], {"iterations": 5000})
     assert names["signround"] == OmegaConf.merge(names["qdrop"], {"iterations": 200, "batch_size": 8, "drop": 0.0})

@@ -95,7 +95,7 @@ def calibration(conversion: Conversion, count: int = 12) -> Calibration:
     """On images, in batches of which the last is smaller."""
 
     def means() -> dict[str, Tensor]:
-        return {name: moments.mean for name, moments in reference_moments(conversion).items()}
+        return {name: moments.mean for name, moments in reference_moments(conversion, skip_unknown=True).items()}
 
     return Calibration(conversion, images(count), 5, means)
 

@@ -74,6 +74,20 @@ def test_analytic_form_reduces_the_shift_of_the_logits() -> None:
     assert facts["skipped"] == []
 
 
+def test_analytic_form_leaves_out_what_lies_behind_an_unknown_operator() -> None:
+    class Unknown(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, norm, second, third = self
+            return third(second(torch.relu(norm(first(x)))).sort(-1).values)
+
+    torch.manual_seed(0)
+    network = Unknown(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)).eval()
+    conversion = student_of(network, bits=(3, 32))
+    alone = AnalyticBiasCorrection().apply(calibration(conversion, 0))
+    assert alone["skipped"] == ["3"]
+    assert alone["layers"] == 2
+
+
 def test_layers_that_run_twice_are_left_alone() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.report import result_row
 from run import run_job
 from tests.configuration import CONF, SMALL, choosing, composed, options
+from tests.saved_students import student
 
 NOISE = [*SMALL, "calibration=noise"]
 GOES_WITH = {"closed_form": ["weight=gptq"]}  # reconstructions that need a weight quantizer of their own
@@ -68,6 +70,14 @@ def test_every_protocol_runs_with_its_own_widths_at_the_ends(protocol: str, tmp_
     assert (weights[0], weights[-1]) == stated
     assert set(weights[1:-1]) == {3}
     assert [row for row in quantizers(tmp_path) if row["kind"] == "activation"]
+
+
+def test_scales_are_powers_of_two_where_a_protocol_says_so(tmp_path: Path) -> None:
+    asked = ["protocol=onnxruntime", "protocol.power_of_two=true", "weight=nearest", "activation=fixed"]
+    run_job(composed([*NOISE, *asked, "reconstruction=none"], tmp_path))
+    scales = [value for key, value in student(tmp_path).items() if key.endswith("scale")]
+    assert scales
+    assert all(torch.equal(scale.log2(), scale.log2().round()) for scale in scales)
 
 
 def test_debugging_runs_every_stage(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_single_image_and_a_free_weight_with_biases() -> None:
     x = images(1)
     conversion = student_of(resnet8(), images(8), weight=partial(AdaQuant, range=MinMax()))
     bias = conversion.student.get_submodule("layer1.0.conv1").bias.clone()
-    module = learn(conversion, x, bias_lr=1e-2)
+    module = learn(conversion, x, bias_lr=1e-2, bias_relative=False)
     assert len(module.results) == 5
     assert not torch.equal(conversion.student.get_submodule("layer1.0.conv1").bias, bias)
 

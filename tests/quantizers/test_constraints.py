@@ -48,6 +48,16 @@ def test_every_scale_is_a_power_of_two_and_weights_have_no_zero_point() -> None:
         torch.testing.assert_close(conversion.student(images), teacher(images))
 
 
+class Nested(partial):  # type: ignore[type-arg]
+    """As Hydra's: a partial of a partial of another class stays nested, with its range one level down."""
+
+
+def test_the_range_of_a_nested_partial_is_found() -> None:
+    _, conversion = converted(weight=Nested(Nearest, range=LpSearch()), activation=Nested(ACTIVATION))
+    calibrate_ranges(conversion.student, torch.randn(8, 3, 6, 6), 4)
+    assert all(torch.equal(q.scale.log2(), q.scale.log2().round()) for _, q in quantizers_of(conversion.student))
+
+
 @given(st.floats(1e-6, 1e4), st.integers(0, 15))
 def test_the_nearest_power_keeps_the_lower_end(scale: float, zero_point: int) -> None:
     s, z, grid = torch.tensor(scale), torch.tensor(float(zero_point)), Grid(4)

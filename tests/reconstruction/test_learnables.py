@@ -8,6 +8,7 @@ import torch
 from quantizers.adaquant import AdaQuant
 from quantizers.flexround import FlexRound
 from quantizers.genie_m import GenieM
+from quantizers.layer import quantized_layers
 from quantizers.ranges import MinMax
 from quantizers.signround import SignRound
 from reconstruction.learnables import Learnables, learnables_of
@@ -19,7 +20,9 @@ from tests.reconstruction.students import images, resnet8, student_of
 
 def units_of(weight: object = None, bias_lr: float | None = None) -> list[Learnables]:
     conversion = student_of(resnet8(), images(8), weight=weight)
-    return learnables_of(conversion.student, partition(conversion.reference, "block"), bias_lr=bias_lr)
+    paths = [path for path, _ in quantized_layers(conversion.student)]
+    rates = None if bias_lr is None else {path: bias_lr * (k + 1) for k, path in enumerate(paths)}
+    return learnables_of(conversion.student, partition(conversion.reference, "block"), bias_rates=rates)
 
 
 @pytest.mark.parametrize("weight", [None, partial(GenieM, range=MinMax()), partial(AdaQuant, range=MinMax())])
@@ -43,7 +46,8 @@ def test_penalty_is_the_mean_over_all_roundings_of_the_unit() -> None:
 def test_phases_share_out_the_groups() -> None:
     block = units_of(bias_lr=0.1)[1]
     kinds = {phase: [g["kind"] for g in block.groups(phase)] for phase in ("joint", "weights", "activations")}
-    assert kinds["weights"] == ["rounding", "rounding", "bias"]
+    assert kinds["weights"] == ["rounding", "rounding", "bias", "bias"]
+    assert [g["lr"] for g in block.groups("weights")[2:]] == pytest.approx([0.2, 0.3])  # layers 2 and 3 of the network
     assert kinds["activations"] == ["scale", "scale"]
     assert kinds["joint"] == kinds["weights"] + kinds["activations"]
     assert len(block.parameters("joint")) == 6

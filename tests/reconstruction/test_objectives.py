@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,12 @@ def test_other_powers_and_several_outputs() -> None:
     torch.testing.assert_close(PowerError(2.4)(y, target), expected)
     error = PowerError(2.4)(y, target)
     torch.testing.assert_close(total([error, error]), 2 * expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, math.nan])
+def test_exponents_below_one_are_refused(p: float) -> None:
+    with pytest.raises(ValueError, match="p: expected an exponent of at least 1, got"):
+        PowerError(p)
 
 
 def test_error_is_float32_for_half_inputs() -> None:
