@@ -15,9 +15,11 @@ from quantizers.adaround import AdaRound
 from quantizers.convert import Conversion
 from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of
 from quantizers.qdrop import qdrop
-from reconstruction.extract import extract
-from reconstruction.partition import partition
+from reconstruction.extract import Cutter, extract, tensor_name
+from reconstruction.partition import Granularity, partition
 from reconstruction.schedules import index_batches, seed_of
+
+Outputs = tuple[Tensor, ...]  # of a unit: as many as are read behind it
 
 
 def squared_error(y: Tensor, target: Tensor) -> Tensor:
@@ -49,18 +51,25 @@ def plain_loop(
     seed: int,
     objective: str = "mse",
     parallel: bool = False,
+    granularity: Granularity = "block",
+    bias_lr: float | None = None,
 ) -> None:
-    """The oracle: blocks one after the other, an Adam and its schedules for each, nothing of Lightning."""
-    x_q = x_fp = x
+    """The oracle: units one after the other, an Adam and its schedules for each, nothing of Lightning."""
     generator = torch.Generator()
-    units = partition(conversion.reference, "block")
+    units = partition(conversion.reference, granularity)
+    cutters = Cutter(conversion.student), Cutter(conversion.reference)
+    quantized, floats = ({units[0].inputs[0]: x} for _ in range(2))  # what has been computed, by the tensor's name
     with torch.no_grad():
         logits = conversion.reference(x)
     for k, unit in enumerate(units):
         behind = [extract(conversion.reference, other) for other in units[k + 1 :]]
         student, teacher = extract(conversion.student, unit), extract(conversion.reference, unit)
+        x_q, x_fp = (
+            [seen[tensor_name(cutter.nodes[name])] for name in cutter.interface(unit).inputs]
+            for cutter, seen in zip(cutters, (quantized, floats), strict=True)
+        )
         with torch.no_grad():
-            target = teacher(x_fp)[0]
+            target = teacher(*x_fp)
 
         def tail(z: Tensor, behind: list[fx.GraphModule] = behind) -> Tensor:
             for part in behind:
@@ -69,22 +78,34 @@ def plain_loop(
 
         rounded = [m.weight_quantizer for m in student.modules() if isinstance(m, QuantizedLayer)]
         active = [m for m in student.modules() if isinstance(m, ActivationSite)]
-        groups = [g for q in (*rounded, *(s.quantizer for s in active)) for g in q.parameter_groups()]
+        groups = [g for q in rounded for g in q.parameter_groups()]
+        if bias_lr is not None:
+            layers = [m for m in student.modules() if isinstance(m, QuantizedLayer) and m.bias is not None]
+            groups += [
+                {"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "constant"} for layer in layers
+            ]
+        groups += [g for s in active for g in s.quantizer.parameter_groups()]
         if groups:
             nearest = copy.deepcopy(student)
             for _, quantizer in quantizers_of(nearest):
                 quantizer.harden()
             with torch.no_grad():
-                at_entry = nearest(x_q)[0]
-            weights = fisher_weights(at_entry, tail, logits) if objective == "fisher" else torch.ones_like(target)
+                at_entry = nearest(*x_q)
+            weights = fisher_weights(at_entry[0], tail, logits) if objective == "fisher" else None
 
-            def error_of(y: Tensor, index: Any, *, z: Tensor = target, w: Tensor = weights, tail: Any = tail) -> Tensor:
-                if objective == "fisher":
+            def error_of(
+                ys: Outputs, index: Any, *, zs: Outputs = target, w: Tensor | None = weights, tail: Any = tail
+            ) -> Tensor:
+                y, z = ys[0], zs[0]
+                if w is not None:
                     return (w[index] * (y - z[index]).square()).sum(1).view(len(y), -1).mean(1).mean()
                 if objective == "pd":
                     images = (y - z[index]).square().sum(1).view(len(y), -1).mean(1)
                     return (images + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
-                return squared_error(y, z[index])
+                if len(ys) == 1:
+                    return squared_error(y, z[index])
+                images = [(y - z[index]).square().sum(1).view(len(y), -1).mean(1) for y, z in zip(ys, zs, strict=True)]
+                return torch.stack(images).sum(0).mean()
 
             with torch.no_grad():
                 entry = float(error_of(at_entry, slice(None)))
@@ -95,14 +116,15 @@ def plain_loop(
             soft = [q for q in rounded if isinstance(q, AdaRound)]
             sizes = [q.V.numel() for q in soft]
             for t, index in enumerate(index_batches(len(x), batch_size, iterations, seed=seed_of(seed, "joint", k))):
-                inputs = x_q[index]
+                inputs = [q[index] for q in x_q]
                 if drop:
                     generator.manual_seed(seed_of(seed, "joint", k, t, 0))
-                    inputs = inputs if parallel else qdrop(inputs, x_fp[index], drop, generator)
+                    if not parallel:
+                        inputs = [qdrop(q, z[index], drop, generator) for q, z in zip(inputs, x_fp, strict=True)]
                     for site in active:
                         site.train()
                         site.drop, site.generator = drop, generator
-                error = error_of(student(inputs)[0], index) / entry
+                error = error_of(student(*inputs), index) / entry
                 penalty = sum(n / sum(sizes) * q.regularizer(t / iterations) for q, n in zip(soft, sizes, strict=True))
                 optimizer.zero_grad()
                 (error + 0.1 * penalty).backward()
@@ -114,4 +136,5 @@ def plain_loop(
                 site.eval()
                 site.drop, site.generator = 0.0, None
         with torch.no_grad():
-            x_q, x_fp = target if parallel else student(x_q)[0], target
+            floats |= zip(unit.outputs, target, strict=True)
+            quantized |= zip(unit.outputs, target if parallel else student(*x_q), strict=True)

@@ -50,6 +50,19 @@ def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: 
     assert not same(one.student, start)
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_layers_and_their_biases_equal_a_plain_loop_bit_for_bit(parallel: bool, drop: float) -> None:
+    """AdaQuant's own unit; beside a residual branch a unit hands on more than its own output."""
+    x = images(10)
+    weight = partial(AdaQuant, range=MinMax(), weight_lr=0.05)
+    one, other = (student_of(resnet8(), x, weight=weight) for _ in range(2))
+    chosen: dict[str, Any] = {"granularity": "layer", "bias_lr": 1e-2, "drop": drop}
+    learn(one, x, bias_relative=False, schedule="parallel" if parallel else "sequential", **chosen)
+    plain_loop(other, x, iterations=5, batch_size=4, seed=3, parallel=parallel, **chosen)
+    assert same(one.student, other.student)
+
+
 @pytest.mark.parametrize("objective", ["fisher", "pd"])
 def test_objectives_are_float32_under_autocast(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(6)
