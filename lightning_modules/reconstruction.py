@@ -84,7 +84,7 @@ def build_reconstruction(
 
     Raises:
         ValueError: if a choice is unknown or a number out of its range, or if roundings that are solved in closed form
-            meet other phases, or the other way round.
+            meet other phases, or the other way round, or if roundings that start open meet no regularizer.
     """
     second = max(1, iterations // 4) if activation_iterations is None else activation_iterations
     plans: dict[str, list[tuple[Phase, int]]] = {
@@ -97,7 +97,7 @@ def build_reconstruction(
         raise ValueError(f"phases: expected one of {get_args(Phases)}, got {phases!r}")
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}")
-    _expect_a_rounding_for(phases, conversion)
+    _expect_a_rounding_for(phases, conversion, regularizer_weight)
     units = partition(conversion.reference, granularity, merges=merges)
     measured = images[:forward_batch_size] if bias_relative else None
     module = BlockReconstructionModule(
@@ -142,8 +142,8 @@ def _bias_rates(lr: float, conversion: Conversion, images: Tensor | None) -> dic
     return {path: lr * float(m.var.mean().sqrt()) if m.count else 0.0 for path, m in moments.items()}
 
 
-def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:
-    """Refuse roundings that the phases would leave at the nearest, so that no result bears the wrong name."""
+def _expect_a_rounding_for(phases: Phases, conversion: Conversion, regularizer_weight: float) -> None:
+    """Refuse roundings that would be left at the nearest, or undecided, so that no result bears the wrong name."""
     for path, layer in quantized_layers(conversion.student):
         kind = type(layer.weight_quantizer).__name__
         if isinstance(layer.weight_quantizer, ClosedForm) and phases != "closed_form":
@@ -155,6 +155,13 @@ def _expect_a_rounding_for(phases: Phases, conversion: Conversion) -> None:
             raise ValueError(
                 f"phases: 'closed_form' expects a rounding that can be solved for, such as weight=gptq or weight=obq, "
                 f"got {kind} (layer {path!r}); choose one of these, or another reconstruction"
+            )
+        learned = phases in ("joint", "weights_then_activations")
+        if learned and regularizer_weight == 0 and layer.weight_quantizer.soft_fraction() > 0:
+            raise ValueError(
+                f"regularizer_weight: expected more than 0 for {kind}, whose roundings nothing else decides, got 0 "
+                f"(layer {path!r}); set reconstruction.regularizer_weight=100, or choose a rounding that goes straight "
+                "through, such as weight=adaquant or weight=flexround"
             )
 
 

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from quantizers.adaquant import AdaQuant
 from quantizers.gptq import GPTQ
 from quantizers.ranges import MinMax
 from reconstruction.objectives import Objective
@@ -36,7 +37,8 @@ def learned(name: str, *overrides: str) -> Any:
     x = images(6)
     cfg = option_of(name, *overrides, "reconstruction.iterations=2")
     solved = cfg.get("phases") == "closed_form"
-    weight = partial(GPTQ, range=MinMax()) if solved else None
+    straight = partial(AdaQuant, range=MinMax()) if cfg.get("regularizer_weight") == 0 else None
+    weight = partial(GPTQ, range=MinMax()) if solved else straight
     module, datamodule = instantiate(cfg)(conversion=student_of(resnet8(), x, weight=weight), images=x, **SMALL)
     if module.has_work:
         trainer_of(module).fit(module, datamodule=datamodule)

@@ -17,7 +17,10 @@ from tests.configuration import CONF, SMALL, choosing, composed, options
 from tests.saved_students import student
 
 NOISE = [*SMALL, "calibration=noise"]
-GOES_WITH = {"closed_form": ["weight=gptq"]}  # reconstructions that need a weight quantizer of their own
+STRAIGHT = ["weight=adaquant_minmax"]  # the default, AdaRound, is decided by a regularizer that these have not
+GOES_WITH = {  # reconstructions that need a weight quantizer of their own
+    "closed_form": ["weight=gptq"], "adaquant": STRAIGHT, "adaquant_parallel": STRAIGHT, "adaquant_published": STRAIGHT,
+}  # fmt: skip
 
 
 def quantizers(folder: Path) -> list[dict[str, str]]:

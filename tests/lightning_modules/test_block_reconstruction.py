@@ -228,6 +228,7 @@ def test_sites_and_switches_are_restored_after_an_exception() -> None:
         ("granularity", "row", "granularity"),
         ("normalization", "mean", "normalization"),
         ("regularizer_weight", -1.0, "regularizer_weight"),
+        ("regularizer_weight", 0.0, "regularizer_weight: expected more than 0 for AdaRound"),
         ("schedule", "random", "schedule"),
         ("share", (0, 2), "schedule=parallel"),
         ("share", (2, 2), "0 <= i < n"),
