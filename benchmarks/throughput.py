@@ -4,10 +4,11 @@
 
 Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of
 the same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
-forward, loss, backward and Adam on the same unit, with our quantizers; and of QDrop's over a loop in which quantizers
-and dropping are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n
-steps a unit, with the activations between units, over the same loops and nothing else. Rounds alternate between the
-two, so that other load on the machine falls on both; the figure is the ratio of the medians over rounds.
+forward, loss, backward and Adam on the same unit, with our quantizers and dropping; and of QDrop's over a loop in which
+these are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n steps a unit, with
+the activations between units, over the same loops and nothing else. Rounds alternate between the two, so that other
+load on the machine falls on both; the figure is the ratio of the medians over rounds. Rows of what was measured again
+are replaced.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lightning_modules.job import quieten
 from networks.teachers import Teacher
 from quantizers.calibrate import calibrate_ranges
 from quantizers.convert import convert
+from quantizers.qdrop import qdrop
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "throughput.csv"
@@ -162,10 +164,13 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
     index = torch.arange(cfg.reconstruction.batch_size) % count
-    unit = cache.student_module
+    unit, generator = cache.student_module, torch.Generator()
 
     def step() -> None:
         inputs = [x[index] for x in cache.student_inputs]
+        if module.drop:
+            floats = [x[index] for x in cache.teacher_inputs]
+            inputs = [qdrop(q, x, module.drop, generator) for q, x in zip(inputs, floats, strict=True)]
         targets = [x[index] for x in cache.targets]
         error = (unit(*inputs)[0] - targets[0]).square().sum(1).mean()
         loss = error + 0.1 * learnables.regularizer(0.5)
@@ -199,11 +204,14 @@ def whole_network(cfg: Any, teacher: Teacher, batch: int, steps: int) -> tuple[f
     return ours / total, bare / total
 
 
-def composed(network: str, generator: str, reconstruction: str, options: argparse.Namespace) -> Any:
-    """The configuration of a case: random weights, few steps, few noise images, the batch of the bare loop."""
+def composed(network: str, generator: str, learned: str, options: argparse.Namespace) -> Any:
+    """The configuration of a case: random weights, few steps, few noise images, the batch of the bare loop.
+
+    `learned` is `reconstruction=<option>` or `pipeline=<option>`.
+    """
     overrides = [f"model={network}", "model.pretrained=false", f"generator={generator}"]
     overrides += [f"generator.batch_size={CASES[network]}", f"generator.steps={options.steps}"]
-    overrides += [f"reconstruction={reconstruction}", f"reconstruction.iterations={options.steps}"]
+    overrides += [learned, f"reconstruction.iterations={options.steps}"]
     if generator.startswith("dsg"):
         overrides += ["generator.slack.images=8", "generator.lse=false"]  # LSE ties the batch to the layers
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -211,16 +219,17 @@ def composed(network: str, generator: str, reconstruction: str, options: argpars
 
 
 def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each generator, and two for reconstruction."""
+    """A row for each generator and each way to learn, one of QDrop in plain torch, and of the whole if asked."""
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float]] = [("synthesis", name, synthesis, 1.25) for name in options.generators]
-    cases.append(("reconstruction", options.reconstruction, reconstruction, 1.15))
-    cases.append(("reconstruction, all plain", "qdrop", reconstruction_in_plain_torch, 1.15))
+    cases += [("reconstruction", learned, reconstruction, 1.15) for learned in options.reconstruction]
+    cases.append(("reconstruction, all plain", "reconstruction=qdrop", reconstruction_in_plain_torch, 1.15))
     if options.whole:
-        cases.append(("whole network", options.reconstruction, whole_network, 1.15))
+        cases += [("whole network", learned, whole_network, 1.15) for learned in options.reconstruction]
     rows = []
     for stage, preset, function, goal in cases:
-        generator, learned = (preset, "none") if stage == "synthesis" else (options.generators[0], preset)
+        made = stage == "synthesis"
+        generator, learned = (preset, "reconstruction=none") if made else ("zeroq", preset)
         cfg = composed(network, generator, learned, options)
         steps = options.steps
         if stage == "whole network":
@@ -229,10 +238,10 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         pairs = [function(cfg, teacher, batch, steps) for _ in range(options.rounds)]
         ours, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
-        size = batch if stage == "synthesis" else cfg.reconstruction.batch_size
+        size, name = batch if made else cfg.reconstruction.batch_size, preset.removeprefix("reconstruction=")
         rows.append(
             {
-                "network": network, "stage": stage, "preset": preset, "batch": size, "ratio": round(ratio, 3),
+                "network": network, "stage": stage, "preset": name, "batch": size, "ratio": round(ratio, 3),
                 "goal": goal,
                 "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": steps,
                 "rounds": options.rounds, "machine": machine(), "commit": commit(),
@@ -240,19 +249,23 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
         print(
-            f"{network:18} {stage:25} {preset:20} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  "
-            f"bare {bare:.4f} s",
+            f"{network:18} {stage:25} {name:24} ratio {ratio:.3f} (goal {goal})  ours {ours:.4f} s  bare {bare:.4f} s",
             flush=True,
         )
     return rows
 
 
 def main() -> None:
-    """Measure, print, and replace these networks' rows in benchmarks/results/throughput.csv."""
+    """Measure, print, and replace the rows of the same cases in benchmarks/results/throughput.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=sorted(CASES), default=sorted(CASES))
-    parser.add_argument("--generators", nargs="+", default=["dsg"], help="options of conf/generator")
-    parser.add_argument("--reconstruction", default="brecq", help="option of conf/reconstruction")
+    parser.add_argument(
+        "--generators", nargs="*", default=["dsg"], help="options of conf/generator; none: no synthesis"
+    )
+    learned = ["reconstruction=brecq", "pipeline=calibrant", "pipeline=calibrant_fast"]
+    parser.add_argument(
+        "--reconstruction", nargs="+", default=learned, help="options of conf/reconstruction, conf/pipeline"
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -271,7 +284,8 @@ def main() -> None:
     old: list[dict[str, Any]] = []
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if row["network"] not in options.network]
+            again = {(row["network"], row["stage"], row["preset"]) for row in rows}
+            old = [row for row in csv.DictReader(file) if (row["network"], row["stage"], row["preset"]) not in again]
     columns = dict.fromkeys(key for row in (*rows, *old) for key in row)  # older rows may lack some
     write_csv(RESULTS, [{key: row.get(key, "") for key in columns} for row in (*old, *rows)])
 
