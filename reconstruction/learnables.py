@@ -46,7 +46,7 @@ class Learnables:
             rates = {layer.bias: bias_rates[path] for layer, path in layers.items() if layer.bias is not None}
             self._biases = list(rates)
             weights += [
-                {"params": [bias], "lr": lr, "anneal": "constant", "kind": "bias"} for bias, lr in rates.items()
+                {"params": [bias], "lr": lr, "anneal": "cosine", "kind": "bias"} for bias, lr in rates.items()
             ]
         activations = [group for site in self.sites for group in site.quantizer.parameter_groups()]
         self._groups = {"weights": _untaken(weights, taken), "activations": _untaken(activations, taken)}

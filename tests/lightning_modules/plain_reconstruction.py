@@ -82,7 +82,7 @@ def plain_loop(
         if bias_lr is not None:
             layers = [m for m in student.modules() if isinstance(m, QuantizedLayer) and m.bias is not None]
             groups += [
-                {"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "constant"} for layer in layers
+                {"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "cosine"} for layer in layers
             ]
         groups += [g for s in active for g in s.quantizer.parameter_groups()]
         if groups:
