@@ -45,7 +45,7 @@ def errors_of(unit: float, pipeline: str) -> list[float]:
 def test_our_pipelines_and_adaquant_learn_the_same_in_any_unit(pipeline: str) -> None:
     expected = errors_of(1.0, pipeline)
     for unit in (2.0**-8, 2.0**8):  # but for Adam's epsilon, which has a unit
-        assert errors_of(unit, pipeline) == pytest.approx(expected, rel=0.05)
+        assert errors_of(unit, pipeline) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_bias_moves_by_a_share_of_the_deviation_of_its_layers_outputs() -> None:
