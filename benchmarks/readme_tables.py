@@ -10,6 +10,7 @@ import argparse
 import csv
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ PIVOTS = {  # by document and results file: a row a method, a column for each wi
     "docs/results.md": {
         "calibration_cifar10": "Roundings, granularities and pipelines, CIFAR-10, ResNet-20 (10,000 test images)",
         "calibration_resnet50": "Roundings and pipelines, ResNet-50 (500 test images, standard error about 1.3 points)",
+        "ablation_cifar10": "`pipeline=calibrant` and its parts, 2,000 steps, CIFAR-10, ResNet-20 (10,000 test images)",
     },
 }
 CARDS = {  # by card: what the column `images` says in rows about it
@@ -157,7 +159,8 @@ def pivoted(name: str, title: str) -> list[str]:
     seeds = sorted({int(row["seed"]) for row in rows})
     told = f"seed {seeds[0]}" if len(seeds) == 1 else f"deviations over seeds {', '.join(map(str, seeds))}"
     caption = f"{counts[0]} images; {told}."
-    return [f"**{title}**", "", *pivot(rows), "", caption, made(name, rows), ""]
+    lines = pivot(rows, part_changed if name.startswith("ablation") else method)
+    return [f"**{title}**", "", *lines, "", caption, made(name, rows), ""]
 
 
 def made(name: str, rows: list[dict[str, str]]) -> str:
@@ -184,13 +187,23 @@ def method(row: dict[str, str]) -> str:
     return ", ".join(parts + [told.get(text, text) for text in (f"{k}={v}" for k, v in sorted(settings.items()))])
 
 
+def part_changed(row: dict[str, str]) -> str:
+    """Of one pipeline in variations: the rounding, and what else its command line asks for."""
+    asked = [s for s in row["overrides"].split() if s.split("=")[0] not in (*ASIDE, "reconstruction.bias_lr")]
+    told = {"reconstruction.drop=0.0": "no drop"}
+    others = [value for value, own in ((row["activation"], "lsq"), (row["corrections"], "none")) if value != own]
+    names = [told.get(text, text.removeprefix("reconstruction.").removeprefix("reconstruction/")) for text in asked]
+    biases = ["biases"] if "reconstruction.bias_lr=" in row["changes"] else []
+    return ", ".join([row["weight"], *biases, *others, *sorted(names)])
+
+
 def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:
     """Lines of a card: the rows of these methods as they stand in the table of all, whose best is bold."""
     return [*lines[:2], *(line for line in lines[2:] if line.removeprefix("| ").startswith(methods)), ""]
 
 
-def pivot(rows: list[dict[str, str]]) -> list[str]:
-    """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and mean seconds."""
+def pivot(rows: list[dict[str, str]], name_of: Callable[[dict[str, str]], str] = method) -> list[str]:
+    """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and median seconds."""
     kinds = sorted({row["images"] for row in rows}, key=lambda kind: kind == "real")
     widths = sorted(
         {(int(row["w_bits"]), int(row["a_bits"])) for row in rows}, key=lambda wide: (-wide[0] * wide[1], wide)
@@ -199,7 +212,7 @@ def pivot(rows: list[dict[str, str]]) -> list[str]:
     cells: dict[str, dict[Any, list[float]]] = {}
     seconds: dict[str, list[float]] = {}
     for row in rows:
-        name = method(row)
+        name = name_of(row)
         column = int(row["w_bits"]), int(row["a_bits"]), row["images"]
         cells.setdefault(name, {}).setdefault(column, []).append(float(row["top1"]))
         if row["images_from_store"] == "True":

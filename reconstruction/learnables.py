@@ -45,9 +45,7 @@ class Learnables:
         if bias_rates is not None:
             rates = {layer.bias: bias_rates[path] for layer, path in layers.items() if layer.bias is not None}
             self._biases = list(rates)
-            weights += [
-                {"params": [bias], "lr": lr, "anneal": "cosine", "kind": "bias"} for bias, lr in rates.items()
-            ]
+            weights += [{"params": [bias], "lr": lr, "anneal": "cosine", "kind": "bias"} for bias, lr in rates.items()]
         activations = [group for site in self.sites for group in site.quantizer.parameter_groups()]
         self._groups = {"weights": _untaken(weights, taken), "activations": _untaken(activations, taken)}
         self._groups["joint"] = self._groups["weights"] + self._groups["activations"]

@@ -81,9 +81,7 @@ def plain_loop(
         groups = [g for q in rounded for g in q.parameter_groups()]
         if bias_lr is not None:
             layers = [m for m in student.modules() if isinstance(m, QuantizedLayer) and m.bias is not None]
-            groups += [
-                {"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "cosine"} for layer in layers
-            ]
+            groups += [{"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "cosine"} for layer in layers]
         groups += [g for s in active for g in s.quantizer.parameter_groups()]
         if groups:
             nearest = copy.deepcopy(student)
