@@ -156,11 +156,10 @@ def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     if any(text(new, key) != text(old, key) for key in IDENTITY):
         return False
     if old.get("experiment"):
-        same = text(new, "overrides") == text(old, "overrides") or new.get("changes") == old.get("changes") not in (
-            None,
-            "",
+        settled = bool(old.get("changes")) and new.get("changes") == old["changes"]
+        return text(new, "experiment") == text(old, "experiment") and (
+            settled or text(new, "overrides") == text(old, "overrides")
         )
-        return same and text(new, "experiment") == text(old, "experiment")
     settings = [o for o in (new.get("overrides") or "").split() if "." in o.split("=")[0]]
     return settings == (old.get("changes") or "").split()
 

@@ -14,7 +14,6 @@ are replaced.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import logging
 import statistics
@@ -31,6 +30,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks.plain_torch import PlainStep
+from benchmarks.table import read_rows
 from callbacks.report import write_csv
 from callbacks.run_record import commit, machine
 from lightning_modules.job import quieten
@@ -281,11 +281,8 @@ def main() -> None:
     quieten()
     logging.getLogger("reconstruction").setLevel(logging.ERROR)  # so few steps decide nothing
     rows = [row for network in options.network for row in measure(network, options)]
-    old: list[dict[str, Any]] = []
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            again = {(row["network"], row["stage"], row["preset"]) for row in rows}
-            old = [row for row in csv.DictReader(file) if (row["network"], row["stage"], row["preset"]) not in again]
+    again = {(row["network"], row["stage"], row["preset"]) for row in rows}
+    old = [row for row in read_rows(RESULTS) if (row["network"], row["stage"], row["preset"]) not in again]
     columns = dict.fromkeys(key for row in (*rows, *old) for key in row)  # older rows may lack some
     write_csv(RESULTS, [{key: row.get(key, "") for key in columns} for row in (*old, *rows)])
 
