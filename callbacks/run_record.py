@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import json
 import platform
@@ -25,6 +27,9 @@ PACKAGES = (
     "calibrant", "torch", "torchvision", "pytorch-lightning", "hydra-core", "timm", "numpy", "scipy", "onnx",
     "onnxruntime", "openvino", "pulp", "cbcbox",
 )  # fmt: skip
+
+LIBRARIES = ctypes.CDLL(None)  # what is loaded into the process
+FREERS = (("malloc_trim", (0,)), ("MallocExtension_ReleaseFreeMemory", ()))  # of the C library, of tcmalloc
 
 # What says where and how a run is watched, not what it computes.
 UNHASHED = (
@@ -164,8 +169,13 @@ def machine(device: torch.device | None = None) -> str:
 def forget_peak() -> bool:
     """Start measuring the process's peak memory anew; False where the system cannot, and the peak is that of its life.
 
-    Linux counts from the present memory again when 5 is written to `/proc/self/clear_refs` (proc(5)).
+    Linux counts from the present memory again when 5 is written to `/proc/self/clear_refs` (proc(5)). What earlier
+    stages and jobs of a sweep freed is given back to the system first, or their memory would be this stage's.
     """
+    gc.collect()
+    for name, arguments in FREERS:
+        if (free := getattr(LIBRARIES, name, None)) is not None:
+            free(*arguments)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

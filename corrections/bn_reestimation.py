@@ -21,6 +21,7 @@ import torch
 from corrections.base import Calibration, Facts, StudentCorrection
 from corrections.execution import output_moments, walk
 from corrections.layers import own_layers, scale_outputs, shift_outputs
+from quantizers.constraints import PowerOfTwo
 from quantizers.convert import Conversion
 from quantizers.layer import QuantizedLayer
 from quantizers.trace import StoredNorm
@@ -67,6 +68,11 @@ class BNReestimation(StudentCorrection):
                 raise ValueError(
                     f"weight.channel_axis: expected a scale for each output channel, got one for all of {path!r}; set "
                     "weight.channel_axis=0, or leave out BN re-estimation, whose factors scales have to follow"
+                )
+            if isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer.range, PowerOfTwo):
+                raise ValueError(
+                    "protocol.power_of_two: expected false, got true; leave out BN re-estimation, since the scales of "
+                    f"{path!r} have to follow its factors, which are no powers of two"
                 )
 
     def apply(self, calibration: Calibration) -> Facts:

@@ -63,8 +63,9 @@ class _Walk:
     def __init__(self, network: fx.GraphModule, images: Tensor, batch_size: int) -> None:
         self.network = network
         self.nodes = [node for node in network.graph.nodes if node.op != "output"]
-        position = {node: i for i, node in enumerate(self.nodes)}
-        self.last = {node: max((position.get(user, -1) for user in node.users), default=-1) for node in self.nodes}
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        behind = {node: [self.position.get(user, -1) for user in node.users] for node in self.nodes}
+        self.last = {node: max(users, default=-1) for node, users in behind.items()}
         self.device = device_of(network)
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
         first = next(node for node in self.nodes if node.op == "placeholder")
@@ -77,14 +78,19 @@ class _Walk:
         nodes = [node for node in self.nodes[self.done : stop] if node.op != "placeholder"]
         read = {source for node in nodes for source in node.all_input_nodes}
         with evaluating(self.network):
-            for k, cache in enumerate(self.caches):
+            for k in range(len(self.caches)):
+                cache = self.caches[k]
+                kept = {node: value for node, value in cache.items() if self.last[node] >= stop}
+                self.caches[k] = kept
                 values = {node: _to(value, self.device) for node, value in cache.items() if node in read}
+                del cache
+                self.interpreter.env = values
                 for node in nodes:
-                    self.interpreter.env = values
                     values[node] = self.interpreter.run_node(node)
-                alive = cache | {node: values[node] for node in nodes}
-                kept = {node: value for node, value in alive.items() if self.last[node] >= stop}
-                self.caches[k] = {node: _to(value, torch.device("cpu")) for node, value in kept.items()}
+                    for spent in {node, *node.all_input_nodes}:
+                        if self.last[spent] <= self.position[node]:  # or a long way to a stop holds every feature map
+                            del values[spent]
+                kept |= {node: _to(values[node], torch.device("cpu")) for node in nodes if self.last[node] >= stop}
         self.done = stop
 
     @torch.no_grad()

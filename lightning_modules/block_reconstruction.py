@@ -23,7 +23,7 @@ from reconstruction.activations import ActivationCache
 from reconstruction.learnables import learnables_of
 from reconstruction.measurement import Measurement, as_soft, relative, warn_of
 from reconstruction.objectives import UnitLoss
-from reconstruction.optimizer import adam_for_all, plan
+from reconstruction.optimizer import adam_for_all, expect_rates, plan
 from reconstruction.partition import Unit
 from reconstruction.schedules import Epoch, Phase, index_batches, seed_of
 from reconstruction.shares import epochs_of_share
@@ -82,6 +82,7 @@ class BlockReconstructionModule(pl.LightningModule):
         self.batch_size, self.loss, self.drop, self.seed = batch_size, loss or UnitLoss(), drop, seed
         self.rates_stated_for, self.parallel, self.share = rates_stated_for, parallel, share
         self.learnables = learnables_of(student, self.units, bias_rates=bias_rates)
+        expect_rates(self.learnables, rates_stated_for)
         self.epochs = epochs_of_share(plan(iterations, self.learnables), self.learnables, share, parallel=parallel)
         self.switches = Switches(student, self.learnables, drop)
         self.results: list[dict[str, Any]] = []

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from corrections.base import Calibration, GraphCorrection, StudentCorrection
+from corrections.bias_correction import BiasCorrection
+from corrections.bn_reestimation import BNReestimation
 from corrections.layers import add_missing_biases
-from lightning_modules.tuning import TuningModule
+from lightning_modules.tuning import TuningModule, expect_tunable
 from quantizers.convert import Conversion
 from quantizers.trace import Trace
 from synthesis.analytic_ranges import reference_moments
 
 if TYPE_CHECKING:
     from lightning_modules.job import Job
+
+log = logging.getLogger(__name__)
 
 Step = GraphCorrection | StudentCorrection | Callable[..., TuningModule]
 
@@ -53,11 +59,27 @@ class Corrections:
                     "corrections=bias_correction_analytic or equalization, or calibration=synthetic"
                 )
 
+    def warn_of_order(self) -> None:
+        """Say so where a correction undoes what the one before it is for."""
+        reestimated = False
+        for name, step in self.steps.items():
+            reestimated |= isinstance(step, BNReestimation) and step.target == "batch_norm"
+            if reestimated and isinstance(step, BiasCorrection) and step.layers == "all":
+                log.warning(
+                    "corrections: %s moves the means of layers that were just given the statistics of BatchNorm to "
+                    "those of the calibration images, layer by layer, and activations shrink; set corrections.%s.layers"
+                    "=without_batch_norm, or take corrections=light",
+                    name,
+                    name,
+                )
+
     def expect(self, conversion: Conversion) -> None:
         """Refuse, before any work is done, what cannot be corrected in this student."""
         for step in self.steps.values():
             if isinstance(step, StudentCorrection):
                 step.expect(conversion)
+            elif isinstance(step, partial) and step.func is TuningModule:
+                expect_tunable(conversion, **step.keywords)
 
     def prepare(self, traced: Trace) -> None:
         """Correct the folded float graph, in place, before it is converted."""

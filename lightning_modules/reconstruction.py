@@ -97,6 +97,8 @@ def build_reconstruction(
         raise ValueError(f"phases: expected one of {get_args(Phases)}, got {phases!r}")
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}")
+    if forward_batch_size < 1:
+        raise ValueError(f"forward_batch_size: expected at least 1 image, got {forward_batch_size}")
     _expect_a_rounding_for(phases, conversion, regularizer_weight)
     units = partition(conversion.reference, granularity, merges=merges)
     measured = images[:forward_batch_size] if bias_relative else None

@@ -10,6 +10,7 @@ a run resumed from any checkpoint equals an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -84,14 +85,19 @@ class TuningModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        unknown = set(learn) - set(get_args(Learned))
-        if unknown or not learn:
-            raise ValueError(f"learn: expected some of {', '.join(get_args(Learned))}, got {list(learn)}")
-        if loss not in get_args(Loss):
-            raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, got {loss!r}")
         if len(images) == 0:
             raise ValueError("images: expected at least one, got none; choose calibration=synthetic, real or noise")
-        anneal(schedule, 0, 1)  # refuses an unknown one
+        expect_tunable(
+            conversion,
+            learn=learn,
+            optimizer=optimizer,
+            loss=loss,
+            last_layer=last_layer,
+            scale_lr=scale_lr,
+            schedule=schedule,
+            steps=steps,
+            batch_size=batch_size,
+        )
         self.student = conversion.student
         self.steps, self.loss, self.seed, self.scale_lr, self.schedule = steps, loss, seed, scale_lr, schedule
         self.batches = index_batches(len(images), batch_size, steps, seed=seed_of(seed, "tuning"))
@@ -184,6 +190,40 @@ class TuningModule(pl.LightningModule):
             return F.mse_loss(logits.float(), targets)
         divergence = F.kl_div(logits.float().log_softmax(1), targets.log_softmax(1), reduction="none", log_target=True)
         return divergence.mean()
+
+
+def expect_tunable(
+    conversion: Conversion,
+    *,
+    learn: Sequence[Learned],
+    optimizer: OptimizerFactory,
+    loss: Loss = "kl",
+    last_layer: bool = False,
+    scale_lr: float = 1e-4,
+    schedule: Literal["constant", "cosine"] = "constant",
+    steps: int = 800,
+    batch_size: int = 50,
+) -> None:
+    """Refuse what `TuningModule` cannot do with this student, which may be uncalibrated yet; arguments as there.
+
+    Raises:
+        ValueError: if a choice is unknown, a number out of range, or there is nothing to tune.
+    """
+    unknown = set(learn) - set(get_args(Learned))
+    if unknown or not learn:
+        raise ValueError(f"learn: expected some of {', '.join(get_args(Learned))}, got {list(learn)}")
+    if loss not in get_args(Loss):
+        raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, got {loss!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}; corrections=none tunes nothing")
+    if not 0.0 <= scale_lr < math.inf:
+        raise ValueError(f"scale_lr: expected a finite share of at least 0, got {scale_lr}")
+    anneal(schedule, 0, 1)  # refuses an unknown one
+    optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses its own numbers
+    plain, scales = tuned(conversion.student, learn, last_layer=last_layer)
+    if not plain and not scales and "weight_scales" not in learn:
+        raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(learn)}")
 
 
 def tuned(

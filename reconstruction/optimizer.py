@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from reconstruction.learnables import Learnables
 from reconstruction.schedules import Epoch, Phase, anneal
 
 LARGEST_RAISE = 50.0
+OPTION_OF = {"bias": "reconstruction.bias_lr", "rounding": "weight", "weight": "weight"}  # by a group's kind
 OPTIONS = ("betas", "eps", "bounds")  # what a quantizer's group may state besides its rate
 
 
@@ -79,6 +81,28 @@ def adam_for_all(
     if any("bounds" in slot.options for slot in slots):
         optimizer.register_step_post_hook(_project)
     return optimizer, LambdaLR(optimizer, [lambda step, slot=slot: rate(slot, step) for slot in slots])
+
+
+def expect_rates(learnables: Sequence[Learnables], rates_stated_for: int | None = None) -> None:
+    """Refuse rates that no optimiser takes: Adam sees those of its schedule only, and not before the first step.
+
+    Raises:
+        ValueError: if a group's `lr` is negative or not finite, or rates are stated for less than a step.
+    """
+    if rates_stated_for is not None and rates_stated_for < 1:
+        raise ValueError(f"rates_stated_for: expected at least 1 step, or null, got {rates_stated_for}")
+    for part in learnables:
+        for group in part.groups("joint"):
+            option = OPTION_OF.get(group["kind"], "weight or activation")
+            if not 0.0 <= group["lr"] < math.inf:
+                raise ValueError(
+                    f"lr: expected finite learning rates of at least 0, got {group['lr']} for parameters of kind "
+                    f"{group['kind']!r}; see the rates of {option}"
+                )
+            if group.get("stated_for") is not None and group["stated_for"] < 1:
+                raise ValueError(
+                    f"stated_for: expected at least 1 step, or null, got {group['stated_for']}; see {option}"
+                )
 
 
 def _factor(group: dict[str, Any], epoch: Epoch, rates_stated_for: int | None, longest: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from pathlib import Path
@@ -46,6 +47,24 @@ def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:
     peaks = {name: facts["peak_mib"] for name, facts in record.facts["stages"].items()}
     assert peaks["large"] - peaks["small"] == pytest.approx(299, abs=30)
     assert peaks["small_again"] < peaks["large"] - 250
+
+
+def test_what_earlier_jobs_freed_is_not_this_ones_memory(tmp_path: Path) -> None:
+    if not forget_peak() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this system does not let a process forget its peak memory, or keeps what is freed")
+    record = RunRecord(tmp_path, {})
+    with record.stage("before"):
+        pass
+    blocks = [bytearray(2**16) for _ in range(3200)]  # 200 MiB below the size that the C library maps by itself
+    held = blocks[-1]  # and above the others, which so stay in the heap when they are freed
+    cycle: list = [blocks]
+    cycle.append(cycle)
+    del blocks, cycle
+    with record.stage("after"):
+        pass
+    peaks = {name: facts["peak_mib"] for name, facts in record.facts["stages"].items()}
+    assert peaks["after"] < peaks["before"] + 50
+    assert len(held) == 2**16
 
 
 def test_the_hash_is_that_of_the_recipe_without_places(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ DOCS = ROOT / "docs"
 CARDS = {path.stem for path in (DOCS / "methods").glob("*.md")}
 PAGES = {path.stem for path in DOCS.glob("*.md")} - {"index"}
 DOCUMENTED = (
-    "pipeline", "generator", "weight", "activation", "reconstruction", "distillation", "protocol", "allocation",
-    "hardware",
+    "pipeline", "generator", "weight", "activation", "reconstruction", "reconstruction/objective", "corrections",
+    "distillation", "protocol", "allocation", "hardware",
 )  # fmt: skip
 TEXT = "\n".join(path.read_text() for path in sorted(DOCS.rglob("*.md")) if path.stem not in ("index", "results"))
 SPANS = re.findall(r"`([^`\n]+)`", TEXT)  # `dsg`, `generator=dsg`, `weight=gptq reconstruction=closed_form`

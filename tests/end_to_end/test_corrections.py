@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
+from lightning_modules.corrections import Corrections
 from lightning_modules.job import Job
 from run import run_job
 from tests.configuration import SMALL, composed
@@ -44,6 +46,23 @@ def test_order_is_the_users(tmp_path: Path) -> None:
     chosen = "corrections=[bias_correction,bn_reestimation]"
     run_job(composed([*NOISE, "reconstruction=none", chosen], tmp_path))
     assert [e["correction"] for e in facts_of(tmp_path)["corrections"]] == ["bias_correction", "bn_reestimation"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "warns"),
+    [
+        ("[bn_reestimation,bias_correction]", True),
+        ("[bias_correction,bn_reestimation]", False),
+        ("[bn_reestimation_reference,bias_correction]", False),
+        ("light", False),
+    ],
+)
+def test_a_correction_that_undoes_another_is_warned_of(
+    chosen: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = composed([f"corrections={chosen}"], tmp_path)
+    Corrections(instantiate(cfg.corrections, _convert_="all")).warn_of_order()
+    assert ("set corrections.bias_correction.layers=without_batch_norm" in caplog.text) == warns
 
 
 def test_without_corrections_nothing_changes(tmp_path: Path) -> None:
@@ -93,9 +112,28 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: py
     assert facts_of(killed)["corrections"] == facts_of(whole)["corrections"]
 
 
-def test_what_cannot_be_corrected_is_said_before_work(tmp_path: Path) -> None:
-    cfg = composed([*NOISE, "corrections=light", "weight.channel_axis=null"], tmp_path)
-    with pytest.raises(ValueError, match=r"weight\.channel_axis=0, or leave out BN re-estimation"):
+POWERS = ("protocol=onnxruntime", "protocol.power_of_two=true", "activation=fixed")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (("corrections=light", "weight.channel_axis=null"), r"weight\.channel_axis=0, or leave out BN re-estimation"),
+        (("corrections=bn_reestimation", *POWERS), r"protocol\.power_of_two: expected false, got true"),
+        (("corrections=bias_tuning", "corrections.bias_tuning.learn=[bias]"), "learn: expected some of biases, "),
+        (("corrections=bias_tuning", "corrections.bias_tuning.loss=ce"), "loss: expected one of kl, mse, got 'ce'"),
+        (("corrections=bias_tuning", "corrections.bias_tuning.steps=0"), "steps: expected at least 1, got 0"),
+        (("corrections=bias_tuning", "corrections.bias_tuning.optimizer.lr=-1"), "Invalid learning rate: -1"),
+        (("corrections=network_polish", "corrections.network_polish.scale_lr=-1"), "scale_lr: expected a finite share"),
+        (
+            ("corrections=bias_tuning", "activation=fixed", "corrections.bias_tuning.learn=[activation_scales]"),
+            "learn: expected something to tune, got a student without activation_scales",
+        ),
+    ],
+)
+def test_what_cannot_be_corrected_is_said_before_work(tmp_path: Path, chosen: tuple[str, ...], message: str) -> None:
+    cfg = composed([*NOISE, *chosen], tmp_path)
+    with pytest.raises(ValueError, match=message):
         run_job(cfg)
     assert set(facts_of(tmp_path)["stages"]) == {"teacher", "convert"}
 

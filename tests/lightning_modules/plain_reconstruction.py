@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, fx
 
 from quantizers.adaround import AdaRound
 from quantizers.convert import Conversion
-from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of
+from quantizers.genie_m import GenieM
+from quantizers.layer import ActivationSite, QuantizedLayer, quantizers_of, sites
 from quantizers.qdrop import qdrop
 from reconstruction.extract import Cutter, extract, tensor_name
 from reconstruction.partition import Granularity, partition
-from reconstruction.schedules import index_batches, seed_of
+from reconstruction.schedules import Phase, index_batches, seed_of
 
 Outputs = tuple[Tensor, ...]  # of a unit: as many as are read behind it
 
@@ -41,6 +43,21 @@ def fisher_weights(z: Tensor, tail: Callable[[Tensor], Tensor], teacher: Tensor)
     return (g / float(mean.sqrt())).square()
 
 
+ANNEALED: dict[str, Callable[..., float]] = {
+    "constant": lambda t, steps: 1.0,
+    "cosine": lambda t, steps: 0.5 * (1 + math.cos(math.pi * t / steps)),
+    "linear": lambda t, steps: 1 - t / steps,
+}
+
+
+def options_of(group: dict[str, Any], iterations: int, rates_stated_for: int | None) -> dict[str, Any]:
+    """What Adam is told of a group: its rate for so many steps, and its own decays if it has any."""
+    stated_for = group.get("stated_for") or rates_stated_for
+    factor = 1.0 if stated_for is None else min(50.0, max(1.0, stated_for / iterations))
+    lr = group["lr"] / iterations if group.get("over_steps") else factor * group["lr"]
+    return {"params": group["params"], "lr": lr} | {key: group[key] for key in ("betas", "eps") if key in group}
+
+
 def plain_loop(
     conversion: Conversion,
     x: Tensor,
@@ -52,11 +69,20 @@ def plain_loop(
     objective: str = "mse",
     parallel: bool = False,
     granularity: Granularity = "block",
+    merges: float = 1,
     bias_lr: float | None = None,
+    rates_stated_for: int | None = None,
+    phase: Phase = "joint",
 ) -> None:
-    """The oracle: units one after the other, an Adam and its schedules for each, nothing of Lightning."""
+    """The oracle: units one after the other, an Adam and its schedules for each, nothing of Lightning.
+
+    Of two phases each is a call: the first with activations as they are, the second once all weights are rounded.
+    """
     generator = torch.Generator()
-    units = partition(conversion.reference, granularity)
+    units = partition(conversion.reference, granularity, merges=merges)
+    if phase == "weights":
+        for _, site in sites(conversion.student):
+            site.enabled = False
     cutters = Cutter(conversion.student), Cutter(conversion.reference)
     quantized, floats = ({units[0].inputs[0]: x} for _ in range(2))  # what has been computed, by the tensor's name
     with torch.no_grad():
@@ -78,11 +104,11 @@ def plain_loop(
 
         rounded = [m.weight_quantizer for m in student.modules() if isinstance(m, QuantizedLayer)]
         active = [m for m in student.modules() if isinstance(m, ActivationSite)]
-        groups = [g for q in rounded for g in q.parameter_groups()]
+        groups = [g for q in rounded for g in q.parameter_groups()] if phase != "activations" else []
         if bias_lr is not None:
             layers = [m for m in student.modules() if isinstance(m, QuantizedLayer) and m.bias is not None]
             groups += [{"params": [layer.bias.requires_grad_()], "lr": bias_lr, "anneal": "cosine"} for layer in layers]
-        groups += [g for s in active for g in s.quantizer.parameter_groups()]
+        groups += [g for s in active for g in s.quantizer.parameter_groups()] if phase != "weights" else []
         if groups:
             nearest = copy.deepcopy(student)
             for _, quantizer in quantizers_of(nearest):
@@ -107,16 +133,15 @@ def plain_loop(
 
             with torch.no_grad():
                 entry = float(error_of(at_entry, slice(None)))
-            optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["lr"]} for g in groups])
-            cosine = [g["anneal"] == "cosine" for g in groups]
-            factors = [(lambda t, c=c: 0.5 * (1 + math.cos(math.pi * t / iterations)) if c else 1.0) for c in cosine]
+            optimizer = torch.optim.Adam([options_of(g, iterations, rates_stated_for) for g in groups])
+            factors = [partial(ANNEALED[g["anneal"]], steps=iterations) for g in groups]
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-            soft = [q for q in rounded if isinstance(q, AdaRound)]
+            soft = [q for q in rounded if isinstance(q, AdaRound | GenieM) and phase != "activations"]
             sizes = [q.V.numel() for q in soft]
-            for t, index in enumerate(index_batches(len(x), batch_size, iterations, seed=seed_of(seed, "joint", k))):
+            for t, index in enumerate(index_batches(len(x), batch_size, iterations, seed=seed_of(seed, phase, k))):
                 inputs = [q[index] for q in x_q]
                 if drop:
-                    generator.manual_seed(seed_of(seed, "joint", k, t, 0))
+                    generator.manual_seed(seed_of(seed, phase, k, t, 0))
                     if not parallel:
                         inputs = [qdrop(q, z[index], drop, generator) for q, z in zip(inputs, x_fp, strict=True)]
                     for site in active:
@@ -127,8 +152,11 @@ def plain_loop(
                 optimizer.zero_grad()
                 (error + 0.1 * penalty).backward()
                 optimizer.step()
+                for group in groups:
+                    for parameter in group["params"] if "bounds" in group else ():
+                        parameter.data.clamp_(*group["bounds"])
                 schedule.step()
-            for quantizer in (*rounded, *(s.quantizer for s in active)):
+            for quantizer in (*rounded, *(s.quantizer for s in active if phase != "weights")):
                 quantizer.harden()
             for site in active:
                 site.eval()
@@ -136,3 +164,5 @@ def plain_loop(
         with torch.no_grad():
             floats |= zip(unit.outputs, target, strict=True)
             quantized |= zip(unit.outputs, target if parallel else student(*x_q), strict=True)
+    for _, site in sites(conversion.student):
+        site.enabled = True

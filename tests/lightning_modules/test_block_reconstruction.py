@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from lightning_modules.reconstruction import build_reconstruction
 from quantizers.adaquant import AdaQuant
 from quantizers.adaround import AdaRound
+from quantizers.flexround import FlexRound
+from quantizers.genie_m import GenieM
 from quantizers.layer import quantizers_of, sites
 from quantizers.lsq import LSQ
 from quantizers.nearest import Nearest, NearestActivation
 from quantizers.ranges import MinMax
+from quantizers.signround import SignRound
+from reconstruction.partition import Granularity
 from tests.lightning_modules.plain_reconstruction import plain_loop
 from tests.lightning_modules.reconstruction_runs import OBJECTIVES, SETTINGS, KillAndWatch, learn, same, trainer_of
 from tests.reconstruction.students import images, resnet8, student_of
@@ -48,6 +52,45 @@ def test_equals_a_plain_loop_bit_for_bit(drop: float, objective: str, parallel: 
     plain_loop(other, x, iterations=5, batch_size=4, drop=drop, seed=3, objective=objective, parallel=parallel)
     assert same(one.student, other.student)
     assert not same(one.student, start)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        partial(FlexRound, range=MinMax(), lr=1e-3),
+        partial(FlexRound, range=MinMax(), lr=1e-3, stated_for=40),
+        partial(GenieM, range=MinMax(), lr=0.05, step_lr=1e-3),
+        partial(SignRound, range=MinMax(), lr=0.5, clip_lr=0.5),
+    ],
+)
+def test_every_rounding_equals_a_plain_loop_bit_for_bit(weight: Any) -> None:
+    x = images(10)
+    one, other = (student_of(resnet8(), x, weight=weight) for _ in range(2))
+    learn(one, x, drop=0.5, rates_stated_for=20)
+    plain_loop(other, x, iterations=5, batch_size=4, drop=0.5, seed=3, rates_stated_for=20)
+    assert same(one.student, other.student)
+
+
+@pytest.mark.parametrize(("granularity", "merges"), [("merged", 2), ("stage", 1), ("network", 1)])
+def test_larger_units_equal_a_plain_loop_bit_for_bit(granularity: Granularity, merges: int) -> None:
+    x = images(10)
+    one, other = (student_of(resnet8(), x) for _ in range(2))
+    learn(one, x, drop=0.5, granularity=granularity, merges=merges)
+    plain_loop(other, x, iterations=5, batch_size=4, drop=0.5, seed=3, granularity=granularity, merges=merges)
+    assert same(one.student, other.student)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_two_phases_equal_two_plain_loops_bit_for_bit(parallel: bool, drop: float) -> None:
+    """BRECQ's published order: all weights with float activations, then all steps behind rounded weights."""
+    x = images(10)
+    one, other = (student_of(resnet8(), x) for _ in range(2))
+    schedule = "parallel" if parallel else "sequential"
+    learn(one, x, drop=drop, phases="weights_then_activations", activation_iterations=3, schedule=schedule)
+    for phase, iterations in (("weights", 5), ("activations", 3)):
+        plain_loop(other, x, iterations=iterations, batch_size=4, drop=drop, seed=3, parallel=parallel, phase=phase)
+    assert same(one.student, other.student)
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.5])
@@ -230,6 +273,9 @@ def test_sites_and_switches_are_restored_after_an_exception() -> None:
         ("regularizer_weight", -1.0, "regularizer_weight"),
         ("regularizer_weight", 0.0, "regularizer_weight: expected more than 0 for AdaRound"),
         ("schedule", "random", "schedule"),
+        ("forward_batch_size", 0, "forward_batch_size: expected at least 1 image, got 0"),
+        ("bias_lr", -1.0, "lr: expected finite learning rates .* got -1.* reconstruction.bias_lr"),
+        ("rates_stated_for", -5, "rates_stated_for: expected at least 1 step, or null, got -5"),
         ("share", (0, 2), "schedule=parallel"),
         ("share", (2, 2), "0 <= i < n"),
     ],
@@ -238,6 +284,20 @@ def test_wrong_arguments_are_refused_by_name(argument: str, value: Any, match: s
     conversion = student_of(resnet8(), images(4))
     with pytest.raises(ValueError, match=match):
         build_reconstruction(conversion=conversion, images=images(4), **(SETTINGS | {argument: value}))
+
+
+@pytest.mark.parametrize(
+    ("quantizers", "match"),
+    [
+        ({"weight": partial(AdaRound, range=MinMax(), lr=-1.0)}, "got -1.0 for .* 'rounding'; see the rates of weight"),
+        ({"weight": partial(FlexRound, range=MinMax(), stated_for=0)}, "stated_for: expected at least 1 step"),
+        ({"activation": partial(LSQ, range=MinMax(), lr=math.nan)}, "lr: expected finite .* got nan"),
+    ],
+)
+def test_rates_that_no_optimizer_takes_are_refused(quantizers: dict[str, Any], match: str) -> None:
+    conversion = student_of(resnet8(), images(4), **quantizers)
+    with pytest.raises(ValueError, match=match):
+        build_reconstruction(conversion=conversion, images=images(4), **SETTINGS)
 
 
 @pytest.mark.slow

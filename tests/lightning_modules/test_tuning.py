@@ -198,7 +198,7 @@ def test_divergence_is_named(teacher: nn.Module) -> None:
         ({"learn": ["norms"]}, "got a student without norms"),
         ({"loss": "ce"}, "loss: expected one of"),
         ({"schedule": "step"}, "anneal"),
-        ({"steps": 0}, "iterations"),
+        ({"steps": 0}, "steps: expected at least 1"),
         ({"images": torch.zeros(0, 1, 8, 8)}, "images: expected at least one"),
     ],
 )
