@@ -23,7 +23,7 @@ from datamodules.calibration import CalibrationImages
 from deployment.student_file import load_student, save_student
 from lightning_modules.allocation import FILE, known_bits
 from lightning_modules.exporting import chosen_export, expect_exportable, export_student
-from lightning_modules.fine_tuning import add_generated, distill, distills
+from lightning_modules.fine_tuning import add_generated, distill, distills, expect_fine_tuning, expect_learnable
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.job import Job, open_job
 from lightning_modules.processes import leave_process_group
@@ -97,7 +97,7 @@ def expect_possible(job: Job) -> None:
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none, or choose calibration=synthetic"
         )
     job.allocation.expect_images(job.source.origin)
-    distills(job)
+    expect_fine_tuning(job)
     job.corrections.expect_images(job.source.origin)
     job.corrections.warn_of_order()
     chosen_export(job)
@@ -124,6 +124,7 @@ def make_student(job: Job, teacher: Teacher, bits: Bits | None, stage: str = "co
             prepare=job.corrections.prepare,
         )
     job.corrections.expect(conversion)
+    expect_learnable(job, conversion)
     quantizers = report.as_rows(conversion.report)
     title = f"quantizers, protocol {cfg.protocol.name}"
     path = job.folder / "quantizers.csv" if job.is_main else None

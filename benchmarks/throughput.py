@@ -7,8 +7,8 @@ the same teacher at the same batch. Reconstruction: seconds of a Trainer's step 
 forward, loss, backward and Adam on the same unit, with our quantizers and dropping; and of QDrop's over a loop in which
 these are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n steps a unit, with
 the activations between units, over the same loops and nothing else. Rounds alternate between the two, so that other
-load on the machine falls on both; the figure is the median over rounds of the ratio of the two. Rows of what was measured
-again are replaced.
+load on the machine falls on both; the figure is the median over rounds of the ratio of the two. Rows of what was
+measured again are replaced.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ that a run resumed from any checkpoint equals an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -225,13 +226,14 @@ class DistillationModule(pl.LightningModule):
 
     def _teach_generator(self, generator: GeneratorModule, epoch: int, step: int) -> tuple[Draft, dict[str, Tensor]]:
         optimizer = self._optimizers[0]
-        draft = generator.draft(epoch, step)
-        terms = dict(draft.terms)
-        if self.few_shot is not None:
-            terms |= self.few_shot.terms(generator, epoch, step)
-        loss = torch.stack(list(terms.values())).sum()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
+        with unlearned(self.learner.parameters() if self.compares_students else ()):
+            draft = generator.draft(epoch, step)
+            terms = dict(draft.terms)
+            if self.few_shot is not None:
+                terms |= self.few_shot.terms(generator, epoch, step, epoch * self.turns.steps + step)
+            loss = torch.stack(list(terms.values())).sum()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
         optimizer.step()
         generator.source.constrain()
         if (schedule := self.lr_schedulers()) is not None:
@@ -247,6 +249,8 @@ class DistillationModule(pl.LightningModule):
             quantizer.observing = done < self.turns.range_epochs * self.turns.steps
         lesson = self._lesson(draft, epoch, step, done)
         terms = self.loss(self.student(lesson.images), lesson.targets, lesson.labels)
+        for quantizer in self._averages:
+            quantizer.observing = False  # a generator that compares students looks at this one too
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -274,7 +278,7 @@ class DistillationModule(pl.LightningModule):
         images, known, labels = [], [], []
         if draft is not None:
             seen = draft.seen.detach()
-            if isinstance(self.view, Identity):
+            if isinstance(self.view, Identity) and self.generator is not None and self.generator.surgery is None:
                 known.append(draft.logits.detach())
             else:
                 seen = self.view(seen, seeded(self.seed, "student_view", epoch, step), step)
@@ -307,8 +311,12 @@ class DistillationModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Report, and leave a student that computes as deployed and in which nothing is learnable."""
-        for quantizer in self._averages:
-            quantizer.observing = False
+        done = self.trainer.global_step
+        if done != self.total_steps:
+            raise RuntimeError(
+                f"{self.stage}: expected {self.total_steps} steps, got {done}; take away what cuts the training short "
+                "(trainer.max_steps, limit_train_batches), or set distillation.epochs and distillation.steps"
+            )
         if not self.turns.student_steps:
             return
         for _, quantizer in quantizers_of(self.student):
@@ -363,6 +371,19 @@ class DistillationModule(pl.LightningModule):
         named = {f"{self.stage}/{name}": float(value.detach()) for name, value in values.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)
+
+
+@contextmanager
+def unlearned(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, no gradients of these are computed."""
+    kept = list(parameters)
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_modules.bn_alignment import BNAlignmentModule
 from lightning_modules.generator import GeneratorModule
 from reconstruction.schedules import index_batches, seed_of
-from synthesis.class_alignment import ClassAlignment, class_centres
+from synthesis.class_alignment import ClassAlignment, class_centres, expect_classes
 from synthesis.look import look_through
 from synthesis.moments import Moments, Probe
 from synthesis.seeding import seeded
@@ -31,17 +31,19 @@ class FewShot:
         images: (N, C, H, W), normalised.
         labels: (N,) int64; None where nothing asks for them.
         steps: of the student, for which batches are drawn.
+        total_steps: of the generator, warm-up included.
         batch_size: images in each step of the student; 0: none.
         class_batch: images of one class in each step of the generator.
         cross_entropy: weight of the class in that batch.
-        untrusted_epochs: epochs at the beginning in which classes whose image the teacher misclassifies are made too,
-            towards noise.
+        untrusted: share of the run, at its beginning, in which classes whose image the teacher misclassifies are made
+            too, towards noise.
         alignment: called with centres and the sizes of the layers; None: the generator sees nothing of the images.
         view: what the student sees of them.
         seed: of every draw.
 
     Raises:
-        ValueError: if there are no images, or no labels to align classes with.
+        ValueError: if there are no images, or no labels to align classes with, or a number is out of range; later, if a
+            label is no class of the teacher.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class FewShot:
         labels: Tensor | None,
         *,
         steps: int,
+        total_steps: int,
         batch_size: int = 16,
         class_batch: int = 16,
         cross_entropy: float = 0.5,
-        untrusted_epochs: int = 5,
+        untrusted: float = 5 / 400,
         alignment: Callable[..., ClassAlignment] | None = None,
         view: View | None = None,
         seed: int = 0,
@@ -67,11 +70,16 @@ class FewShot:
             )
         if batch_size < 0 or class_batch < 2:
             raise ValueError(f"batch_size, class_batch: expected >= 0 and >= 2, got {batch_size} and {class_batch}")
+        if cross_entropy < 0 or not 0.0 <= untrusted <= 1.0:
+            raise ValueError(
+                f"cross_entropy, untrusted: expected >= 0 and a share of the run from 0 to 1, got {cross_entropy} and "
+                f"{untrusted}"
+            )
         self.images = images
         self.labels = labels
         self.class_batch = class_batch
         self.cross_entropy = cross_entropy
-        self.untrusted_epochs = untrusted_epochs
+        self.untrusted_steps = round(untrusted * total_steps)
         self.view = Identity() if view is None else view
         self.seed = seed
         self.batches = None
@@ -86,6 +94,8 @@ class FewShot:
         """Move the images to `device`, and measure the centres of their classes in the teacher, which is there."""
         self.images = self.images.to(device)
         self.classes = teacher(self.images[:1]).shape[1]
+        if self.labels is not None:
+            expect_classes(self.labels, self.classes)
         if self._alignment_factory is None or alignment is None:
             return
         assert self.labels is not None
@@ -111,12 +121,12 @@ class FewShot:
             return images, images.new_zeros(len(images), self.classes)
         return images, F.one_hot(self.labels[index], self.classes).to(images)
 
-    def terms(self, generator: GeneratorModule, epoch: int, step: int) -> dict[str, Tensor]:
-        """Weighted terms of a batch that the generator makes of one class; none without an alignment."""
+    def terms(self, generator: GeneratorModule, epoch: int, step: int, done: int) -> dict[str, Tensor]:
+        """Weighted terms of a batch of one class, made after `done` steps; none without an alignment."""
         if self.alignment is None:
             return {}
         rng = seeded(self.seed, "class", epoch, step)
-        label = self.alignment.draw(rng, untrusted=epoch < self.untrusted_epochs)
+        label = self.alignment.draw(rng, untrusted=done < self.untrusted_steps)
         labels = F.one_hot(torch.full((self.class_batch,), label), self.classes).to(self.images)
         aligned = generator.alignment
         how = {"probe": Probe("batch"), "site": aligned.targets.site}

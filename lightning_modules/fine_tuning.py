@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
 from reconstruction.inundation import Inundation
-from reconstruction.learner import Learned, Learner, Schedule
+from reconstruction.learner import Learned, Learner, Schedule, trained_weights
 from reconstruction.student_loss import StudentLoss
 from synthesis.store import SampleStore
 from synthesis.views import View
@@ -66,11 +67,7 @@ def build_distillation(
         ValueError: if the parts do not go together.
     """
     turns = Turns(epochs=epochs, warmup=warmup, steps=steps, range_epochs=range_epochs)
-    if added_images < 0 or bool(added_images) == bool(turns.student_steps):
-        raise ValueError(
-            "added_images, warmup: expected images to add and warmup = epochs, or none and fewer epochs of warm-up, "
-            f"got {added_images} and {warmup} of {epochs} epochs"
-        )
+    expect_purpose(turns, added_images)
     made = None
     if generator is not None:
         made = generator(
@@ -88,26 +85,78 @@ def build_distillation(
         turns=turns,
         learner=Learner(optimizer, learn=learn, schedule=schedule, inundation=inundation),
         loss=loss,
-        few_shot=None if few_shot is None else few_shot(images, labels, steps=max(turns.student_steps, 1), seed=seed),
+        few_shot=None
+        if few_shot is None
+        else few_shot(
+            images, labels, steps=max(turns.student_steps, 1), total_steps=turns.epochs * turns.steps, seed=seed
+        ),
         view=view,
         seed=seed,
     )
 
 
 def distills(job: Job) -> bool:
-    """Whether the student is fine-tuned.
+    """Whether the student is fine-tuned."""
+    settings = job.cfg.get("distillation")  # a run of before there was fine-tuning has none
+    return settings is not None and settings.epochs > settings.get("warmup", 0)
+
+
+def expect_purpose(turns: Turns, added_images: int) -> None:
+    """Refuse a run of which nothing would be used.
 
     Raises:
-        ValueError: if it is to be reconstructed too.
+        ValueError: if neither the student learns nor images are added, or both.
     """
-    settings = job.cfg.get("distillation")  # a run of before there was fine-tuning has none
-    chosen = settings is not None and settings.epochs > settings.get("warmup", 0)
-    if chosen and job.cfg.reconstruction.phases != "none":
+    if added_images < 0 or bool(added_images) == bool(turns.student_steps):
+        raise ValueError(
+            "added_images, warmup: expected images to add and warmup = epochs, or none and fewer epochs of warm-up, "
+            f"got {added_images} and {turns.warmup} of {turns.epochs} epochs"
+        )
+
+
+def expect_fine_tuning(job: Job) -> None:
+    """Refuse, before any work is done, fine-tuning that would be none, or lacks what it needs.
+
+    Raises:
+        ValueError: if its numbers or its images do not fit, or the student is to be reconstructed too.
+    """
+    settings = job.cfg.get("distillation")
+    if settings is None or not settings.epochs:
+        return
+    turns = Turns(
+        **{name: settings[name] for name in ("epochs", "warmup", "steps", "range_epochs") if name in settings}
+    )
+    expect_purpose(turns, settings.get("added_images", 0))
+    if settings.get("generator") is None and turns.warmup:
+        raise ValueError(
+            f"distillation.warmup: expected 0 where no generator learns, got {turns.warmup}; set distillation.warmup=0"
+        )
+    _expect_labels(settings, job.source.origin)
+    if distills(job) and job.cfg.reconstruction.phases != "none":
         raise ValueError(
             "distillation: expected none, or reconstruction=none, since fine-tuning stands in its place, got phases "
             f"{job.cfg.reconstruction.phases!r}; add reconstruction=none"
         )
-    return chosen
+
+
+def _expect_labels(settings: DictConfig, origin: str) -> None:
+    """Refuse images without labels where something asks for these."""
+    few = settings.get("few_shot")
+    if few is None or origin == "real":
+        return
+    aligned = few.get("alignment") is not None
+    if aligned or origin == "none" or (few.get("batch_size", 1) and settings.loss.cross_entropy):
+        remedy = "" if aligned or origin == "none" else ", or set distillation.loss.cross_entropy=0"
+        raise ValueError(
+            f"calibration: expected real, whose images have labels to fine-tune with, got {origin}; choose "
+            f"calibration=real calibration.count=<number of classes>{remedy}"
+        )
+
+
+def expect_learnable(job: Job, conversion: Conversion) -> None:
+    """Refuse a student whose weights cannot be trained where that is asked for."""
+    if distills(job) and "weights" in job.cfg.distillation.learn:
+        trained_weights(conversion.student)
 
 
 def add_generated(job: Job, teacher: Teacher, conversion: Conversion, images: CalibrationImages) -> CalibrationImages:

@@ -9,12 +9,13 @@ Sizes that 4 does not divide are made a little larger and cropped.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Conditioning = Literal["embedding", "batch_norm"]
 WIDTH = 128  # channels at a quarter of the size
 SLOPE = 0.2  # of the leaky ReLU
 
@@ -153,12 +154,10 @@ class ConditionalGenerator(nn.Module):
         num_classes: int,
         *,
         latent: int = 100,
-        conditioning: Literal["embedding", "batch_norm"] = "embedding",
+        conditioning: Conditioning = "embedding",
     ) -> None:
         super().__init__()
-        if conditioning not in ("embedding", "batch_norm"):
-            raise ValueError(f"conditioning: expected 'embedding' or 'batch_norm', got {conditioning!r}")
-        self.embedding = nn.Embedding(num_classes, latent) if conditioning == "embedding" else None
+        self.embedding = None if by_norm(conditioning) else nn.Embedding(num_classes, latent)
         self.trunk = Trunk(input_size, latent, classes=None if self.embedding is not None else num_classes)
 
     def reset(self, rng: torch.Generator) -> None:
@@ -172,26 +171,48 @@ class ConditionalGenerator(nn.Module):
 
 
 class SuperposedGenerator(nn.Module):
-    """Qimera's generator: the label's mixture of classifier rows plus a latent, normalised, -> images (N, C, H, W).
+    """Qimera's: the label's mixture of classifier rows plus noise, normalised and reduced, -> images (N, C, H, W).
 
     Args:
         input_size: (C, H, W).
-        classifier_weight: (K, F), frozen; a row is the embedding of a class.
-        latent: length of the latents; embeddings of another length are first mapped to it.
+        classifier_weight: (K, F), frozen; a row is the embedding of a class, and noise has its length.
+        latent: what the normalised sums are reduced to by a linear layer; F leaves it out.
+        conditioning: "batch_norm": every normalisation has scales and shifts for each class too (ImageNet).
+
+    Raises:
+        ValueError: if `conditioning` is neither.
     """
 
-    def __init__(self, input_size: tuple[int, int, int], classifier_weight: Tensor, *, latent: int = 512) -> None:
+    def __init__(
+        self,
+        input_size: tuple[int, int, int],
+        classifier_weight: Tensor,
+        *,
+        latent: int = 512,
+        conditioning: Conditioning = "embedding",
+    ) -> None:
         super().__init__()
         self.register_buffer("embedding", classifier_weight.detach().clone())
-        width = classifier_weight.shape[1]
+        classes, width = classifier_weight.shape
+        self.norm = nn.BatchNorm1d(width, affine=False, track_running_stats=False)
         self.reducer = nn.Linear(width, latent) if width != latent else nn.Identity()
-        self.norm = nn.BatchNorm1d(latent, affine=False, track_running_stats=False)
-        self.trunk = Trunk(input_size, latent)
+        self.trunk = Trunk(input_size, latent, classes=classes if by_norm(conditioning) else None)
 
     def reset(self, rng: torch.Generator) -> None:
         """Redraw all parameters in place."""
         redraw(self, rng)
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        embedding = self.reducer(labels @ self.get_buffer("embedding"))
-        return self.trunk(self.norm(embedding + z))
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:  # (N, F), (N, K)
+        mixed = labels @ self.get_buffer("embedding")
+        return self.trunk(self.reducer(self.norm(mixed + z)), labels)
+
+
+def by_norm(conditioning: Conditioning) -> bool:
+    """Whether classes enter through the scales and shifts of normalisations.
+
+    Raises:
+        ValueError: if `conditioning` is unknown.
+    """
+    if conditioning not in get_args(Conditioning):
+        raise ValueError(f"conditioning: expected one of {', '.join(get_args(Conditioning))}, got {conditioning!r}")
+    return conditioning == "batch_norm"

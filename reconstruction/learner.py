@@ -31,6 +31,22 @@ def learning_rate(schedule: Schedule, done: int, steps: int) -> float:
     return 0.1 ** (STAIRS * done // steps) if schedule == "staircase" else 1.0
 
 
+def trained_weights(student: fx.GraphModule) -> list[tuple[Quantizer, Tensor]]:
+    """The weights that their own quantizers train.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = [layer for _, layer in quantized_layers(student)]
+    found: list[tuple[Quantizer, Tensor]] = [weight for layer in layers for weight in _trained(layer)]
+    if not found:
+        kind = type(layers[0].weight_quantizer).__name__ if layers else "no quantized layer"
+        raise ValueError(
+            f"learn: expected a rounding that trains the weight itself, got {kind}; choose weight=straight_through"
+        )
+    return found
+
+
 class Learner:
     """Learns parts of a student in place; the rest of it stays as it is.
 
@@ -74,12 +90,7 @@ class Learner:
         """
         student.requires_grad_(False)
         layers = [layer for _, layer in quantized_layers(student)]
-        self.weights = [found for layer in layers for found in _trained(layer)] if "weights" in self.learn else []
-        if "weights" in self.learn and not self.weights:
-            kind = type(layers[0].weight_quantizer).__name__ if layers else "no quantized layer"
-            raise ValueError(
-                f"learn: expected a rounding that trains the weight itself, got {kind}; choose weight=straight_through"
-            )
+        self.weights = trained_weights(student) if "weights" in self.learn else []
         self.others = []
         if "biases" in self.learn:
             self.others += [layer.bias for layer in layers if layer.bias is not None]

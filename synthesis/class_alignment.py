@@ -47,11 +47,7 @@ def class_centres(samples: Moments, labels: Tensor, logits: Tensor) -> ClassCent
         ValueError: if there is no image, or a label is no class.
     """
     classes = logits.shape[1]
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(
-            f"labels: expected at least one, from 0 to {classes - 1}, got {len(labels)}: "
-            f"{labels.unique().tolist()[:8]}; choose images of the classes that the network was trained on"
-        )
+    expect_classes(labels, classes)
     member = F.one_hot(labels, classes).to(samples.mean)  # (N, K)
     right = member * (logits.argmax(1) == labels).unsqueeze(1)
     known, trusted = member.sum(0) > 0, right.sum(0) > 0
@@ -65,6 +61,19 @@ def class_centres(samples: Moments, labels: Tensor, logits: Tensor) -> ClassCent
     return ClassCentres(Moments(mean, var), known, trusted)
 
 
+def expect_classes(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no class of a network with so many.
+
+    Raises:
+        ValueError: saying so, or if there is no label.
+    """
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"labels: expected at least one, from 0 to {classes - 1}, got {len(labels)}: "
+            f"{labels.unique().tolist()[:8]}; choose images of the classes that the network was trained on"
+        )
+
+
 def first_deep_layer(layers: int) -> int:
     """The first of `layers` that counts as deep: int((L + 1) / 2) - 2, as released; at least 0."""
     return max((layers + 1) // 2 - 2, 0)
@@ -74,7 +83,8 @@ class ClassAlignment(nn.Module):
     """BNS-centralized and BNS-distorted loss of a batch of one class: means over the deep layers.
 
     C = mean_l [ MSE(m_l, mu_lc) + MSE(v_l, v_lc) ];  D the same against mu_lc + N(0, a), v_lc + N(0, b), the noise
-    drawn anew at each call. A class that is known but not trusted has pure noise, 2 N(0, 1), in place of its moments.
+    drawn anew at each call. A batch of a class that is known but not trusted is drawn to noise alone, in all layers:
+    D = 2 mean_l [ MSE(m_l, N(0, 1)) + MSE(v_l, N(0, 1)) ], and no C, as released.
 
     Args:
         centres: of all layers, side by side as they are executed.
@@ -91,8 +101,7 @@ class ClassAlignment(nn.Module):
 
     mean: Tensor
     var: Tensor
-    trusted: Tensor
-    segments: Tensor
+    segments: Tensor  # (sum of C, L), of all layers
 
     def __init__(
         self,
@@ -116,18 +125,18 @@ class ClassAlignment(nn.Module):
         self.central, self.distorted, self.relative = central, distorted, relative
         self.mean_noise, self.var_noise = mean_noise, var_noise
         first = first_deep_layer(len(sizes))
-        self.columns = slice(sum(sizes[:first]), sum(sizes))
+        self.columns, self.layers = slice(sum(sizes[:first]), sum(sizes)), slice(first, len(sizes))
         device = centres.moments.mean.device
-        segments = torch.block_diag(*(torch.ones(size, 1) for size in sizes[first:])).to(device)
+        segments = torch.block_diag(*(torch.ones(size, 1) for size in sizes)).to(device)
         tensors = {"mean": centres.moments.mean[:, self.columns], "var": centres.moments.var[:, self.columns]}
-        for name, value in (tensors | {"trusted": centres.trusted, "segments": segments}).items():
+        for name, value in (tensors | {"segments": segments}).items():
             self.register_buffer(name, value.clone(), persistent=False)
-        self.known = centres.known.nonzero().flatten().tolist()
-        self.trustworthy = centres.trusted.nonzero().flatten().tolist()
+        self.known: list[int] = centres.known.nonzero().flatten().tolist()
+        self.trusted: list[int] = centres.trusted.nonzero().flatten().tolist()
 
     def draw(self, rng: torch.Generator, *, untrusted: bool) -> int:
         """A class to make a batch of: any known one, or a trusted one (a known one where none is)."""
-        among = self.known if untrusted or not self.trustworthy else self.trustworthy
+        among = self.known if untrusted or not self.trusted else self.trusted
         return among[int(torch.randint(len(among), (), generator=rng))]
 
     def forward(self, seen: Moments, label: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -138,26 +147,35 @@ class ClassAlignment(nn.Module):
             label: the class.
             rng: of the noise, a CPU generator.
         """
-        mean, var = seen.mean[0, self.columns], seen.var[0, self.columns]
-        noise = torch.randn(4, len(mean), generator=rng).to(mean.device)
-        with exactly(mean):
-            known = self.trusted[label]
-            centre = Moments(
-                torch.where(known, self.mean[label], 2 * noise[2]), torch.where(known, self.var[label], 2 * noise[3])
-            )
-            scale = self._deviation(self.var[label]) if self.relative else torch.ones_like(mean)
+        terms: dict[str, Tensor] = {}
+        with exactly(seen.mean):
+            if label not in self.trusted:
+                if self.distorted:
+                    every = slice(0, len(self.segments)), slice(None)
+                    noise = torch.randn(2, len(self.segments), generator=rng).to(seen.mean.device)
+                    terms["distorted"] = 2 * self.distorted * self._distance(seen, Moments(*noise), *every)
+                return terms
+            centre = Moments(self.mean[label], self.var[label])
+            noise = torch.randn(2, len(centre.mean), generator=rng).to(seen.mean.device)
+            scale = self._deviation(centre.var) if self.relative else torch.ones_like(centre.var)
             far = Moments(
                 centre.mean + self.mean_noise * scale * noise[0],
                 centre.var + self.var_noise * scale.square() * noise[1],
             )
-            terms: dict[str, Tensor] = {}
             for name, weight, goal in (("central", self.central, centre), ("distorted", self.distorted, far)):
                 if weight:
-                    terms[name] = weight * self._distance(mean - goal.mean, var - goal.var)
+                    terms[name] = weight * self._distance(seen, goal, self.columns, self.layers)
         return terms
 
-    def _distance(self, mean: Tensor, var: Tensor) -> Tensor:  # (sum of C,) each
-        return (((mean.square() + var.square()) @ self.segments) / self.segments.sum(0)).mean()
+    def _distance(self, seen: Moments, goal: Moments, columns: slice, layers: slice) -> Tensor:
+        """Squared differences, averaged over the channels of each layer and then over layers."""
+        apart = (seen.mean[0, columns] - goal.mean).square() + (seen.var[0, columns] - goal.var).square()
+        return self._layerwise(apart, columns, layers).mean()
 
-    def _deviation(self, var: Tensor) -> Tensor:  # (sum of C,), equal within a layer
-        return self.segments @ ((var @ self.segments) / self.segments.sum(0)).sqrt()
+    def _layerwise(self, values: Tensor, columns: slice, layers: slice) -> Tensor:  # a number a channel -> a layer
+        segments = self.segments[columns, layers]
+        return (values @ segments) / segments.sum(0)
+
+    def _deviation(self, var: Tensor) -> Tensor:  # of the deep channels, equal within a layer
+        deviations = self._layerwise(var, self.columns, self.layers).sqrt()
+        return self.segments[self.columns, self.layers] @ deviations

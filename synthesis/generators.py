@@ -7,12 +7,12 @@ themselves are in `networks.image_generators`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks.image_generators import ConditionalGenerator, LatentGenerator, SuperposedGenerator
+from networks.image_generators import ConditionalGenerator, Conditioning, LatentGenerator, SuperposedGenerator
 from synthesis.sources import SampleSource
 
 
@@ -80,7 +80,7 @@ class Conditional(SampleSource):
         input_size: tuple[int, int, int],
         *,
         latent: int = 100,
-        conditioning: Literal["embedding", "batch_norm"] = "embedding",
+        conditioning: Conditioning = "embedding",
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -88,7 +88,8 @@ class Conditional(SampleSource):
         self.batch_size = batch_size
         self.input_size = input_size
         self.latent = latent
-        self.conditioning: Literal["embedding", "batch_norm"] = conditioning
+        self.drawn = latent  # length of what is drawn for an image
+        self.conditioning: Conditioning = conditioning
 
     def bind(self, classes: int, classifier: nn.Module) -> None:
         self.generator = ConditionalGenerator(
@@ -99,7 +100,7 @@ class Conditional(SampleSource):
         self.generator.reset(rng)
 
     def forward(self, rng: torch.Generator, labels: Tensor) -> Tensor:
-        z = torch.randn(len(labels), self.latent, generator=rng).to(labels.device)
+        z = torch.randn(len(labels), self.drawn, generator=rng).to(labels.device)
         return self.generator(z, labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -112,14 +113,12 @@ class Superposed(Conditional):
     Args:
         batch_size: images a step.
         input_size: (C, H, W).
-        latent: length of the latents that are added to the embedding.
+        latent: what noise and embedding, of the length of the classifier's rows, are reduced to.
+        conditioning: "batch_norm" gives each class its own scales and shifts as well (ImageNet).
 
     Raises:
         ValueError: when bound to a classifier that is no linear or 1x1 convolutional layer.
     """
-
-    def __init__(self, batch_size: int, input_size: tuple[int, int, int], *, latent: int = 512) -> None:
-        super().__init__(batch_size, input_size, latent=latent)
 
     def bind(self, classes: int, classifier: nn.Module) -> None:
         weight = getattr(classifier, "weight", None)
@@ -128,4 +127,6 @@ class Superposed(Conditional):
                 f"source: expected a classifier of {classes} rows to take class embeddings from, got "
                 f"{type(classifier).__name__}; use synthesis.generators.Conditional, which learns its own"
             )
-        self.generator = SuperposedGenerator(self.input_size, weight.detach().flatten(1), latent=self.latent)
+        rows = weight.detach().flatten(1)
+        self.drawn = rows.shape[1]
+        self.generator = SuperposedGenerator(self.input_size, rows, latent=self.latent, conditioning=self.conditioning)

@@ -83,7 +83,7 @@ DEEPINVERSION = Published(
 )
 GENIE = Published(4000, 128, (plateau(0.1, 100), exponential(0.01)), start=256, swing=1)
 GDFQ = Published(80_000, 200, (staircase(1e-3),), betas=(0.5, 0.999), start=100, fresh=True)
-QIMERA = GDFQ._replace(start=512, mixed=(0.4, 2))
+QIMERA = GDFQ._replace(start=64, mixed=(0.4, 2))
 
 PUBLISHED: dict[str, Published | None] = {
     "zeroq": ZEROQ,
@@ -108,7 +108,7 @@ PUBLISHED: dict[str, Published | None] = {
     "gdfq": GDFQ,
     "gdfq_imagenet": GDFQ._replace(batch=16),
     "qimera": QIMERA,
-    "qimera_imagenet": QIMERA._replace(batch=16, mixed=(0.4, 100)),  # of MobileNetV2
+    "qimera_imagenet": QIMERA._replace(batch=16, start=512, mixed=(0.4, 100)),  # of MobileNetV2
     # nothing is stated but the loss: ZeroQ's steps and schedule, our start and rate
     "gzsq": ZEROQ._replace(curves=(plateau(0.002, 100),), start="coloured", clamped=True),
     "propagated": Published(500, 64, (plateau(0.002, 100),), start="coloured", clamped=True),

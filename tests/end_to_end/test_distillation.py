@@ -114,9 +114,35 @@ def test_a_job_killed_after_its_generator_finds_what_that_made(tmp_path: Path) -
     assert metrics == job(tmp_path / "whole", *ADDING)[0]
 
 
-def test_fine_tuning_and_reconstruction_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="distillation: expected none, or reconstruction=none"):
-        job(tmp_path, "distillation=gdfq", "calibration=noise", "reconstruction=qdrop")
+FEW = ("calibration=real", "calibration.count=10")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message", "stages"),
+    [
+        (("distillation=gdfq", "reconstruction=qdrop"), "distillation: expected none, or reconstruction=none", set()),
+        (("distillation=gdfq", "distillation.warmup=3"), "added_images, warmup: expected .* got 0 and 3 of 3", set()),
+        (("distillation=gdfq", "distillation.warmup=7"), "no more epochs of warm-up than epochs", set()),
+        (("distillation=fdda_images", *FEW, "reconstruction=fast"), "added_images, warmup: .* got 1024 and 1", set()),
+        (("distillation=images", *FEW), "distillation.warmup: expected 0 where no", set()),
+        (("distillation=fdda",), "calibration: expected real, .* got noise; choose calibration=real", set()),
+        (("distillation=images", "distillation.warmup=0"), "got noise; .* distillation.loss.cross_entropy=0", set()),
+        (
+            ("distillation=images", "distillation.warmup=0", "calibration=none", "distillation.loss.cross_entropy=0"),
+            "calibration: expected real, .* got none",
+            set(),
+        ),
+        (("distillation=gdfq", "weight=adaround"), "learn: expected a rounding that trains", {"teacher", "convert"}),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, chosen: tuple[str, ...], message: str, stages: set[str]
+) -> None:
+    apart = [] if "distillation=images" not in chosen else [s for s in SHORT if "generator" not in s]
+    cfg = composed([*(apart or SHORT), "calibration=noise", "reconstruction=none", *chosen], tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_job(cfg)
+    assert set(json.loads((tmp_path / "record.json").read_text())["stages"]) == stages
 
 
 def test_no_fine_tuning_is_the_default() -> None:

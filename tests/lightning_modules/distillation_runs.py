@@ -29,7 +29,7 @@ SIZE = (1, 8, 8)
 SGD = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3])
 SHOTS = functools.partial(
-    FewShot, batch_size=3, class_batch=4, untrusted_epochs=1, alignment=ClassAlignment, view=RandomResizedCrop()
+    FewShot, batch_size=3, class_batch=4, untrusted=0.25, alignment=ClassAlignment, view=RandomResizedCrop()
 )
 FDDA: dict[str, Any] = {"few_shot": SHOTS, "view": RandomResizedCrop(probability=1.0), "images": images(11, seed=5)}
 AIT: dict[str, Any] = {"loss": StudentLoss(cross_entropy=0.0), "inundation": Inundation(0.02)}

@@ -20,14 +20,17 @@ from quantizers.layer import quantized_layers, quantizers_of
 from quantizers.moving_average import MovingAverage
 from reconstruction.learner import learning_rate
 from reconstruction.student_loss import StudentLoss
+from synthesis.guidance import Competition
 from synthesis.seeding import seeded
 from synthesis.statistics import batch_norms
+from synthesis.surgery import SwingConvolution
 from tests.configuration import CONF
 from tests.lightning_modules.distillation_runs import (
     AIT,
     FDDA,
     IMAGES,
     SGD,
+    SHOTS,
     SIZE,
     build,
     fitted,
@@ -107,7 +110,8 @@ def test_agrees_with_a_plain_loop(teacher: nn.Module) -> None:
 def test_only_the_generator_learns_in_the_warm_up(teacher: nn.Module) -> None:
     module = build(teacher, epochs=2, warmup=1)
     before = state(module)
-    trainer(module, max_epochs=1).fit(module)
+    with pytest.raises(RuntimeError, match="expected 8 steps, got 4"):
+        trainer(module, max_epochs=1).fit(module)
     after = state(module)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert any(key.startswith("generator.source") for key in changed)
@@ -250,6 +254,62 @@ def test_the_pass_of_generated_images_is_compiled_if_asked(teacher: nn.Module) -
     assert torch.equal(other.panel(2), plain.panel(2))
 
 
+class Seen(Callback):
+    """What a student's step gets, and how often ranges had been observed when it ended."""
+
+    def __init__(self, module: DistillationModule) -> None:
+        self.module, self.lesson, self.lessons = module, module._lesson, []
+        module._lesson = self.keep  # type: ignore[method-assign]
+
+    def keep(self, *arguments: Any) -> Any:
+        self.lessons.append(self.lesson(*arguments))
+        return self.lessons[-1]
+
+
+def test_targets_are_the_teachers_own_whatever_the_generator_does_to_it(teacher: nn.Module) -> None:
+    module = build(teacher, generator=functools.partial(generator, surgery=SwingConvolution()))
+    seen = Seen(module)
+    trainer(module).fit(module)
+    assert len(seen.lessons) == 8
+    with torch.no_grad():
+        for lesson in seen.lessons:
+            torch.testing.assert_close(teacher(lesson.images), lesson.targets)
+
+
+def test_ranges_are_observed_once_a_step_also_where_the_generator_looks_at_the_student(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed: list[bool] = []
+    observe_one = MovingAverage.observe
+    monkeypatch.setattr(MovingAverage, "observe", lambda self, x: (observed.append(True), observe_one(self, x))[1])
+    guidance = {"competition": Competition(1.0)}
+    module = build(teacher, generator=functools.partial(generator, guidance=guidance))
+    averages = [q for _, q in quantizers_of(module.student) if isinstance(q, MovingAverage)]
+    assert module.compares_students
+    trainer(module).fit(module)
+    assert len(observed) == 4 * len(averages)  # range_epochs=1, of four steps
+
+
+def test_the_generators_step_computes_no_gradients_of_the_student(teacher: nn.Module) -> None:
+    module = build(teacher, generator=functools.partial(generator, guidance={"competition": Competition(1.0)}))
+    during: list[bool] = []
+
+    class Watch(Callback):
+        def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            during.append(any(parameter.grad is not None for parameter in module.learner.parameters()))
+
+    trainer(module, callbacks=[Watch()]).fit(module)
+    assert during[:4] == [False] * 4  # the warm-up: the generator's steps alone
+    assert any(during)
+
+
+@pytest.mark.parametrize("cut", [{"max_steps": 9}, {"limit_train_batches": 2}])
+def test_a_training_that_is_cut_short_is_no_result(teacher: nn.Module, cut: dict[str, int]) -> None:
+    module = build(teacher)
+    with pytest.raises(RuntimeError, match="distillation: expected 12 steps, got"):
+        trainer(module, **cut).fit(module)
+
+
 def test_divergence_is_named(teacher: nn.Module) -> None:
     module = build(teacher, optimizer=functools.partial(torch.optim.SGD, lr=1e38))
     with pytest.raises(RuntimeError, match="distillation: expected finite losses in epoch"):
@@ -272,11 +332,20 @@ def pixels(**arguments: Any) -> Any:
         (FDDA | {"labels": None}, "labels: expected the class of every image"),
         (IMAGES | {"labels": None}, "loss.cross_entropy: expected 0"),
         (FDDA | {"images": torch.zeros(0, *SIZE)}, "images: expected at least one"),
+        (FDDA | {"few_shot": functools.partial(SHOTS, untrusted=-1)}, "untrusted: expected .* got 0.5 and -1"),
+        (FDDA | {"few_shot": functools.partial(SHOTS, cross_entropy=-1)}, "cross_entropy, .* got -1 and 0.25"),
     ],
 )
 def test_what_does_not_go_together_is_named(teacher: nn.Module, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(teacher, **changes)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_that_the_teacher_does_not_know_are_refused(teacher: nn.Module, label: int) -> None:
+    module = build(teacher, labels=torch.full((11,), label), **IMAGES)
+    with pytest.raises(ValueError, match="labels: expected at least one, from 0 to 9, got 11"):
+        trainer(module).fit(module)
 
 
 def test_turns_count_the_students_steps() -> None:

@@ -90,7 +90,7 @@ def test_classes_that_the_teacher_mistakes_are_made_in_the_first_epochs_alone(te
             lambda _, arguments, asked=asked: asked.append(int(arguments[1][0].argmax()))
         )
         for step in range(60):
-            few.terms(made, epoch, step)
+            few.terms(made, epoch, step, 4 * epoch)
         handle.remove()
         drawn[epoch] = set(asked)
     assert drawn[0] == set(range(10))
@@ -126,7 +126,7 @@ def test_a_class_batch_is_of_one_class_against_its_own_centre(teacher: nn.Module
     for name in names[(len(names) + 1) // 2 - 2 :]:
         one, other = ((t.mean((0, 2, 3)), t.var((0, 2, 3), correction=0)) for t in seen[name])
         distances.append(sum(F.mse_loss(a, b) for a, b in zip(one, other, strict=True)))
-    terms = few.terms(made, 2, 1)
+    terms = few.terms(made, 2, 1, 9)
     assert set(terms) == {"central", "class_cross_entropy"}
     torch.testing.assert_close(terms["central"], torch.stack(distances).mean(), rtol=1e-3, atol=1e-5)
     expected = 0.5 * F.cross_entropy(logits, torch.full((4,), label))

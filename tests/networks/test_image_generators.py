@@ -32,8 +32,9 @@ def every_generator(size: tuple[int, int, int]) -> list[tuple[nn.Module, tuple[T
         (LatentGenerator(size, latent=LATENT), (z,)),
         (ConditionalGenerator(size, K, latent=LATENT), (z, one_hot())),
         (ConditionalGenerator(size, K, latent=LATENT, conditioning="batch_norm"), (z, one_hot())),
-        (SuperposedGenerator(size, torch.randn(K, 3), latent=LATENT), (z, one_hot())),
+        (SuperposedGenerator(size, torch.randn(K, LATENT), latent=3), (z, one_hot())),
         (SuperposedGenerator(size, torch.randn(K, LATENT), latent=LATENT), (z, one_hot())),
+        (SuperposedGenerator(size, torch.randn(K, LATENT), latent=3, conditioning="batch_norm"), (z, one_hot())),
     ]
 
 
@@ -141,8 +142,12 @@ def test_embedding_multiplies_and_classifier_rows_add() -> None:
     superposed = SuperposedGenerator((3, 8, 8), weight, latent=LATENT)
     mixed = (one_hot() + one_hot().roll(1, 1)) / 2
     entered = torch.stack([(weight[i % K] + weight[(i + 1) % K]) / 2 + z[i] for i in range(6)])
-    expected = superposed.trunk(F.batch_norm(entered, None, None, training=True))
-    torch.testing.assert_close(superposed(z, mixed), expected)
+    normalised = F.batch_norm(entered, None, None, training=True)
+    torch.testing.assert_close(superposed(z, mixed), superposed.trunk(normalised))
+    reducing = SuperposedGenerator((3, 8, 8), weight, latent=3, conditioning="batch_norm")
+    assert isinstance(reducing.reducer, nn.Linear)
+    reduced = normalised @ reducing.reducer.weight.mT + reducing.reducer.bias
+    torch.testing.assert_close(reducing(z, mixed), reducing.trunk(reduced, mixed))
     assert not any(parameter.shape == weight.shape for parameter in superposed.parameters())
 
 

@@ -33,17 +33,17 @@ def seen(seed: int = 1) -> Moments:
     return Moments(torch.randn(1, CHANNELS + 1, generator=g), torch.rand(1, CHANNELS + 1, generator=g))
 
 
-def layerwise(values: Moments, goal: Moments) -> float:
-    """mean_l [ MSE + MSE ], layer by layer."""
+def layerwise(values: Moments, goal: Moments, *, first: int = 2) -> float:
+    """mean_l [ MSE + MSE ], layer by layer, from the layer `first` on."""
     total, start = 0.0, 0
     for index, size in enumerate(SIZES):
         part = slice(start, start + size)
-        if index >= 2:
+        if index >= first:
             total += float(
                 F.mse_loss(values.mean[part], goal.mean[part]) + F.mse_loss(values.var[part], goal.var[part])
             )
         start += size
-    return total / (len(SIZES) - 2)
+    return total / (len(SIZES) - first)
 
 
 @pytest.mark.parametrize(("layers", "first"), [(20, 8), (27, 12), (52, 24), (53, 25), (2, 0), (7, 2)])
@@ -140,12 +140,14 @@ def test_noise_has_the_stated_deviation_and_is_drawn_anew(relative: bool) -> Non
             assert noise[:, part].std(0).tolist() == pytest.approx([std] * size, rel=0.06, abs=1e-6)
 
 
-def test_an_untrusted_class_has_noise_for_its_centre() -> None:
-    made, now = ClassAlignment(centres(), SIZES, distorted=0.0, central=1.0), seen()
-    noise = torch.randn(4, CHANNELS - 5, generator=seeded(5))
-    goal = Moments(*(torch.cat([torch.zeros(5), 2 * row]) for row in noise[2:]))
-    expected = layerwise(Moments(now.mean[0, :-1], now.var[0, :-1]), goal)
-    assert float(made(now, 2, seeded(5))["central"]) == pytest.approx(expected, rel=1e-5)
+def test_an_untrusted_class_is_drawn_to_noise_alone_in_all_layers() -> None:
+    made, now = ClassAlignment(centres(), SIZES, distorted=0.9, central=0.05), seen()
+    goal = Moments(*torch.randn(2, CHANNELS, generator=seeded(5)))
+    expected = 2 * 0.9 * layerwise(Moments(now.mean[0, :-1], now.var[0, :-1]), goal, first=0)
+    terms = made(now, 2, seeded(5))
+    assert set(terms) == {"distorted"}
+    assert float(terms["distorted"]) == pytest.approx(expected, rel=1e-5)
+    assert ClassAlignment(centres(), SIZES, distorted=0.0)(now, 2, seeded(5)) == {}
 
 
 def test_untrusted_classes_are_drawn_only_if_asked_for() -> None:
