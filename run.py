@@ -99,7 +99,8 @@ def expect_possible(job: Job) -> None:
     job.allocation.expect_images(job.source.origin)
     expect_fine_tuning(job)
     job.corrections.expect_images(job.source.origin)
-    job.corrections.warn_of_order()
+    if not job.cfg.evaluate:
+        job.corrections.warn_of_order()
     chosen_export(job)
     shares, learned = job.cfg.share_reconstruction, job.cfg.reconstruction.phases not in ("none", "closed_form")
     if shares < 1 or (shares > 1 and learned and job.cfg.reconstruction.schedule != "parallel"):

@@ -28,6 +28,7 @@ TABLES = {  # by document and results file
         "synthesis_fashion": "Every way of making images on the embedded network (10,000 test images)",
         "bn_free": "Networks without BatchNorm, range calibration alone (10,000 test images)",
         "calibrant_ablation": "What composes: our recipe, one part changed (MobileNetV2: 1,000 test images)",
+        "corrections": "Corrections of students without reconstruction (MobileNetV2: 1,000 test images)",
     },
 }
 PIVOTS = {  # by document and results file: a row a method, a column for each width and kind of images

@@ -28,8 +28,8 @@ PACKAGES = (
     "onnxruntime", "openvino", "pulp", "cbcbox",
 )  # fmt: skip
 
-LIBRARIES = ctypes.CDLL(None)  # what is loaded into the process
-FREERS = (("malloc_trim", (0,)), ("MallocExtension_ReleaseFreeMemory", ()))  # of the C library, of tcmalloc
+# What gives freed memory back to the system, where it is loaded into the process: of the C library, of tcmalloc.
+RELEASES = (("malloc_trim", (ctypes.c_size_t(0),)), ("MallocExtension_ReleaseFreeMemory", ()))
 
 # What says where and how a run is watched, not what it computes.
 UNHASHED = (
@@ -173,9 +173,10 @@ def forget_peak() -> bool:
     stages and jobs of a sweep freed is given back to the system first, or their memory would be this stage's.
     """
     gc.collect()
-    for name, arguments in FREERS:
-        if (free := getattr(LIBRARIES, name, None)) is not None:
-            free(*arguments)
+    process = ctypes.CDLL(None)
+    for name, arguments in RELEASES:
+        if (release := getattr(process, name, None)) is not None:
+            release(*arguments)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

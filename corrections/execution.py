@@ -91,6 +91,7 @@ class _Walk:
                         if self.last[spent] <= self.position[node]:  # or a long way to a stop holds every feature map
                             del values[spent]
                 kept |= {node: _to(values[node], torch.device("cpu")) for node in nodes if self.last[node] >= stop}
+                values.clear()  # on a device, or they stay there beside the next batch's
         self.done = stop
 
     @torch.no_grad()
@@ -101,6 +102,7 @@ class _Walk:
             for cache in self.caches:
                 self.interpreter.env = {source: _to(cache[source], self.device) for source in node.all_input_nodes}
                 found.update(channels_first(layer, self.interpreter.run_node(node)))
+        self.interpreter.env = {}
         return found
 
 

@@ -48,10 +48,10 @@ class Turns:
     range_epochs: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.range_epochs < 0 or not 0 <= self.warmup <= self.epochs:
+        if self.epochs < 1 or self.steps < 1 or self.range_epochs < 0 or not 0 <= self.warmup <= self.epochs:
             raise ValueError(
-                "epochs, warmup, steps, range_epochs: expected steps >= 1, range_epochs >= 0 and no more epochs of "
-                f"warm-up than epochs, got {self.epochs}, {self.warmup}, {self.steps} and {self.range_epochs}"
+                "epochs, warmup, steps, range_epochs: expected epochs and steps >= 1, range_epochs >= 0 and no more "
+                f"epochs of warm-up than epochs, got {self.epochs}, {self.warmup}, {self.steps} and {self.range_epochs}"
             )
 
     @property
@@ -91,7 +91,7 @@ class DistillationModule(pl.LightningModule):
 
     Raises:
         ValueError: if there are no images, or the generator starts afresh for each batch of them.
-        RuntimeError: in training, at the end of an epoch whose loss is not finite.
+        RuntimeError: in training, at the end of an epoch whose loss is not finite; after fewer than `total_steps`.
     """
 
     stage = "distillation"
@@ -226,7 +226,7 @@ class DistillationModule(pl.LightningModule):
 
     def _teach_generator(self, generator: GeneratorModule, epoch: int, step: int) -> tuple[Draft, dict[str, Tensor]]:
         optimizer = self._optimizers[0]
-        with unlearned(self.learner.parameters() if self.compares_students else ()):
+        with unlearned(self.student.parameters() if self.compares_students else ()):
             draft = generator.draft(epoch, step)
             terms = dict(draft.terms)
             if self.few_shot is not None:
@@ -311,12 +311,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Report, and leave a student that computes as deployed and in which nothing is learnable."""
-        done = self.trainer.global_step
-        if done != self.total_steps:
-            raise RuntimeError(
-                f"{self.stage}: expected {self.total_steps} steps, got {done}; take away what cuts the training short "
-                "(trainer.max_steps, limit_train_batches), or set distillation.epochs and distillation.steps"
-            )
+        self.expect_complete(self.trainer.global_step)
         if not self.turns.student_steps:
             return
         for _, quantizer in quantizers_of(self.student):
@@ -331,6 +326,18 @@ class DistillationModule(pl.LightningModule):
             "best_loss_epoch": int(self.best[1]),
             "best_loss": float(self.best[0]),
         }
+
+    def expect_complete(self, done: int) -> None:
+        """Refuse a training that was cut short.
+
+        Raises:
+            RuntimeError: unless all steps were `done`.
+        """
+        if done != self.total_steps:
+            raise RuntimeError(
+                f"{self.stage}: expected {self.total_steps} steps, got {done}; take away what cuts the training short "
+                "(trainer.max_steps, max_time, limit_train_batches), or set distillation.epochs and distillation.steps"
+            )
 
     def teardown(self, stage: str) -> None:
         if self.generator is not None:
@@ -376,7 +383,7 @@ class DistillationModule(pl.LightningModule):
 @contextmanager
 def unlearned(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, no gradients of these are computed."""
-    kept = list(parameters)
+    kept = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in kept:
         parameter.requires_grad_(False)
     try:

@@ -78,6 +78,10 @@ def build_distillation(
             steps=epochs * steps,
             student=lambda: conversion.student,
         )
+    real = None
+    if few_shot is not None:
+        total = turns.epochs * turns.steps
+        real = few_shot(images, labels, steps=max(turns.student_steps, 1), total_steps=total, seed=seed)
     return DistillationModule(
         conversion.student,
         teacher,
@@ -85,11 +89,7 @@ def build_distillation(
         turns=turns,
         learner=Learner(optimizer, learn=learn, schedule=schedule, inundation=inundation),
         loss=loss,
-        few_shot=None
-        if few_shot is None
-        else few_shot(
-            images, labels, steps=max(turns.student_steps, 1), total_steps=turns.epochs * turns.steps, seed=seed
-        ),
+        few_shot=real,
         view=view,
         seed=seed,
     )
@@ -121,16 +121,18 @@ def expect_fine_tuning(job: Job) -> None:
         ValueError: if its numbers or its images do not fit, or the student is to be reconstructed too.
     """
     settings = job.cfg.get("distillation")
-    if settings is None or not settings.epochs:
+    if settings is None or "_target_" not in settings:  # distillation=none
         return
-    turns = Turns(
-        **{name: settings[name] for name in ("epochs", "warmup", "steps", "range_epochs") if name in settings}
-    )
+    told = ("epochs", "warmup", "steps", "range_epochs")
+    turns = Turns(**{name: settings[name] for name in told if name in settings})
     expect_purpose(turns, settings.get("added_images", 0))
     if settings.get("generator") is None and turns.warmup:
         raise ValueError(
             f"distillation.warmup: expected 0 where no generator learns, got {turns.warmup}; set distillation.warmup=0"
         )
+    make = instantiate(settings.optimizer)
+    make([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses its own numbers
+    Learner(make, **{name: settings[name] for name in ("learn", "schedule") if name in settings})
     _expect_labels(settings, job.source.origin)
     if distills(job) and job.cfg.reconstruction.phases != "none":
         raise ValueError(
@@ -140,8 +142,17 @@ def expect_fine_tuning(job: Job) -> None:
 
 
 def _expect_labels(settings: DictConfig, origin: str) -> None:
-    """Refuse images without labels where something asks for these."""
+    """Refuse images without labels where something asks for these.
+
+    Raises:
+        ValueError: saying what to choose.
+    """
     few = settings.get("few_shot")
+    if few is not None and "untrusted_epochs" in few:
+        raise ValueError(
+            "distillation.few_shot.untrusted_epochs: expected untrusted, a share of the run, got the epochs of an "
+            "earlier version; start the run anew"
+        )
     if few is None or origin == "real":
         return
     aligned = few.get("alignment") is not None
@@ -154,7 +165,11 @@ def _expect_labels(settings: DictConfig, origin: str) -> None:
 
 
 def expect_learnable(job: Job, conversion: Conversion) -> None:
-    """Refuse a student whose weights cannot be trained where that is asked for."""
+    """Refuse a student whose weights cannot be trained where that is asked for.
+
+    Raises:
+        ValueError: naming the rounding.
+    """
     if distills(job) and "weights" in job.cfg.distillation.learn:
         trained_weights(conversion.student)
 
@@ -212,7 +227,9 @@ def _build(job: Job, teacher: Teacher, conversion: Conversion, images: Calibrati
 def _fit(job: Job, teacher: Teacher, module: DistillationModule) -> None:
     """Train, and draw what the generator makes of each class."""
     with job.stage("distill"):
-        job.fit(module, job.alone(**module.trainer_arguments()))
+        trainer = job.alone(**module.trainer_arguments())
+        job.fit(module, trainer)
+        module.expect_complete(trainer.global_step)  # a Trainer without steps calls no hook of the module
     if module.has_panel and job.is_main:
         path = job.folder / "distillation.png"
         save_grid(module.panel(COLUMNS), path, mean=teacher.mean, std=teacher.std, columns=COLUMNS)

@@ -25,9 +25,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from corrections.gains import absorb_gains, attach_gains
 from datamodules.steps import Steps
 from quantizers.base import Quantizer
+from quantizers.constraints import PowerOfTwo
 from quantizers.convert import Conversion
 from quantizers.fold import FrozenNorm
-from quantizers.layer import WEIGHTED, ActivationSite, quantizers_of
+from quantizers.layer import WEIGHTED, ActivationSite, quantized_layers, quantizers_of
 from reconstruction.schedules import anneal, index_batches, seed_of
 
 Learned = Literal["biases", "activation_scales", "weight_scales", "norms"]
@@ -222,7 +223,14 @@ def expect_tunable(
     anneal(schedule, 0, 1)  # refuses an unknown one
     optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses its own numbers
     plain, scales = tuned(conversion.student, learn, last_layer=last_layer)
-    if not plain and not scales and "weight_scales" not in learn:
+    own = [layer.weight_quantizer for _, layer in quantized_layers(conversion.student)]
+    gains = [quantizer for quantizer in own if quantizer.channel_axis is not None] if "weight_scales" in learn else []
+    if any(isinstance(quantizer.range, PowerOfTwo) for quantizer in gains):
+        raise ValueError(
+            "learn: expected no weight_scales with protocol.power_of_two=true, since a gain is no power of two; leave "
+            "weight_scales out"
+        )
+    if not plain and not scales and not gains:
         raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(learn)}")
 
 

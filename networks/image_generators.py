@@ -176,7 +176,7 @@ class SuperposedGenerator(nn.Module):
     Args:
         input_size: (C, H, W).
         classifier_weight: (K, F), frozen; a row is the embedding of a class, and noise has its length.
-        latent: what the normalised sums are reduced to by a linear layer; F leaves it out.
+        latent: length of what enters the trunk: the normalised sums, mapped by a linear layer unless it is F.
         conditioning: "batch_norm": every normalisation has scales and shifts for each class too (ImageNet).
 
     Raises:
@@ -188,7 +188,7 @@ class SuperposedGenerator(nn.Module):
         input_size: tuple[int, int, int],
         classifier_weight: Tensor,
         *,
-        latent: int = 512,
+        latent: int,
         conditioning: Conditioning = "embedding",
     ) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ def expect_rates(learnables: Sequence[Learnables], rates_stated_for: int | None 
             if not 0.0 <= group["lr"] < math.inf:
                 raise ValueError(
                     f"lr: expected finite learning rates of at least 0, got {group['lr']} for parameters of kind "
-                    f"{group['kind']!r}; see the rates of {option}"
+                    f"{group['kind']!r}; see {option}"
                 )
             if group.get("stated_for") is not None and group["stated_for"] < 1:
                 raise ValueError(

@@ -113,12 +113,23 @@ class Superposed(Conditional):
     Args:
         batch_size: images a step.
         input_size: (C, H, W).
-        latent: what noise and embedding, of the length of the classifier's rows, are reduced to.
+        latent: length of what enters the generator: noise and embeddings, as long as the classifier's rows, are mapped
+            to it; None: as they are.
         conditioning: "batch_norm" gives each class its own scales and shifts as well (ImageNet).
 
     Raises:
         ValueError: when bound to a classifier that is no linear or 1x1 convolutional layer.
     """
+
+    def __init__(
+        self,
+        batch_size: int,
+        input_size: tuple[int, int, int],
+        *,
+        latent: int | None = None,
+        conditioning: Conditioning = "embedding",
+    ) -> None:
+        super().__init__(batch_size, input_size, latent=latent or 0, conditioning=conditioning)
 
     def bind(self, classes: int, classifier: nn.Module) -> None:
         weight = getattr(classifier, "weight", None)
@@ -129,4 +140,5 @@ class Superposed(Conditional):
             )
         rows = weight.detach().flatten(1)
         self.drawn = rows.shape[1]
+        self.latent = self.latent or self.drawn
         self.generator = SuperposedGenerator(self.input_size, rows, latent=self.latent, conditioning=self.conditioning)

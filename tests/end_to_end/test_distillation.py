@@ -122,6 +122,14 @@ FEW = ("calibration=real", "calibration.count=10")
     [
         (("distillation=gdfq", "reconstruction=qdrop"), "distillation: expected none, or reconstruction=none", set()),
         (("distillation=gdfq", "distillation.warmup=3"), "added_images, warmup: expected .* got 0 and 3 of 3", set()),
+        (
+            ("distillation=gdfq", "distillation.epochs=0", "distillation.warmup=0"),
+            "expected epochs and steps >= 1",
+            set(),
+        ),
+        (("distillation=gdfq", "distillation.learn=[weight]"), "learn: expected some of", set()),
+        (("distillation=gdfq", "distillation.optimizer.lr=-1"), "Invalid learning rate: -1", set()),
+        (("distillation=fdda", *FEW, "+distillation.few_shot.untrusted_epochs=5"), "start the run anew", set()),
         (("distillation=gdfq", "distillation.warmup=7"), "no more epochs of warm-up than epochs", set()),
         (("distillation=fdda_images", *FEW, "reconstruction=fast"), "added_images, warmup: .* got 1024 and 1", set()),
         (("distillation=images", *FEW), "distillation.warmup: expected 0 where no", set()),

@@ -289,7 +289,7 @@ def test_wrong_arguments_are_refused_by_name(argument: str, value: Any, match: s
 @pytest.mark.parametrize(
     ("quantizers", "match"),
     [
-        ({"weight": partial(AdaRound, range=MinMax(), lr=-1.0)}, "got -1.0 for .* 'rounding'; see the rates of weight"),
+        ({"weight": partial(AdaRound, range=MinMax(), lr=-1.0)}, "got -1.0 for .* 'rounding'; see weight"),
         ({"weight": partial(FlexRound, range=MinMax(), stated_for=0)}, "stated_for: expected at least 1 step"),
         ({"activation": partial(LSQ, range=MinMax(), lr=math.nan)}, "lr: expected finite .* got nan"),
     ],

@@ -254,25 +254,17 @@ def test_the_pass_of_generated_images_is_compiled_if_asked(teacher: nn.Module) -
     assert torch.equal(other.panel(2), plain.panel(2))
 
 
-class Seen(Callback):
-    """What a student's step gets, and how often ranges had been observed when it ended."""
-
-    def __init__(self, module: DistillationModule) -> None:
-        self.module, self.lesson, self.lessons = module, module._lesson, []
-        module._lesson = self.keep  # type: ignore[method-assign]
-
-    def keep(self, *arguments: Any) -> Any:
-        self.lessons.append(self.lesson(*arguments))
-        return self.lessons[-1]
-
-
-def test_targets_are_the_teachers_own_whatever_the_generator_does_to_it(teacher: nn.Module) -> None:
+def test_targets_are_the_teachers_own_whatever_the_generator_does_to_it(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = build(teacher, generator=functools.partial(generator, surgery=SwingConvolution()))
-    seen = Seen(module)
+    lessons: list[Any] = []
+    lesson_of = module._lesson
+    monkeypatch.setattr(module, "_lesson", lambda *now: (lessons.append(lesson_of(*now)), lessons[-1])[1])
     trainer(module).fit(module)
-    assert len(seen.lessons) == 8
+    assert len(lessons) == 8
     with torch.no_grad():
-        for lesson in seen.lessons:
+        for lesson in lessons:
             torch.testing.assert_close(teacher(lesson.images), lesson.targets)
 
 
@@ -301,6 +293,14 @@ def test_the_generators_step_computes_no_gradients_of_the_student(teacher: nn.Mo
     trainer(module, callbacks=[Watch()]).fit(module)
     assert during[:4] == [False] * 4  # the warm-up: the generator's steps alone
     assert any(during)
+
+
+def test_a_training_of_no_step_is_no_result(teacher: nn.Module) -> None:
+    module = build(teacher)
+    fit = trainer(module, limit_train_batches=0)
+    fit.fit(module)  # calls no hook at the end
+    with pytest.raises(RuntimeError, match="distillation: expected 12 steps, got 0"):
+        module.expect_complete(fit.global_step)
 
 
 @pytest.mark.parametrize("cut", [{"max_steps": 9}, {"limit_train_batches": 2}])
