@@ -59,6 +59,7 @@ class RunRecord:
         device: torch.device | None = None,
         write: bool = True,
     ) -> None:
+        give_back()
         self.folder = folder
         self.on_gpu = device is not None and device.type == "cuda"
         self.writes = write
@@ -166,17 +167,20 @@ def machine(device: torch.device | None = None) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def forget_peak() -> bool:
-    """Start measuring the process's peak memory anew; False where the system cannot, and the peak is that of its life.
-
-    Linux counts from the present memory again when 5 is written to `/proc/self/clear_refs` (proc(5)). What earlier
-    stages and jobs of a sweep freed is given back to the system first, or their memory would be this stage's.
-    """
+def give_back() -> None:
+    """Give what earlier jobs of the process freed back to the system, or it would count as this job's memory."""
     gc.collect()
     process = ctypes.CDLL(None)
     for name, arguments in RELEASES:
         if (release := getattr(process, name, None)) is not None:
             release(*arguments)
+
+
+def forget_peak() -> bool:
+    """Start measuring the process's peak memory anew; False where the system cannot, and the peak is that of its life.
+
+    Linux counts from the present memory again when 5 is written to `/proc/self/clear_refs` (proc(5)).
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
