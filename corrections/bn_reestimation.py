@@ -64,12 +64,14 @@ class BNReestimation(StudentCorrection):
             )
         for path in layers:
             layer = conversion.student.get_submodule(path)
-            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer.channel_axis is None:
+            if not isinstance(layer, QuantizedLayer):
+                continue
+            if layer.weight_quantizer.channel_axis is None:
                 raise ValueError(
                     f"weight.channel_axis: expected a scale for each output channel, got one for all of {path!r}; set "
                     "weight.channel_axis=0, or leave out BN re-estimation, whose factors scales have to follow"
                 )
-            if isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer.range, PowerOfTwo):
+            if isinstance(layer.weight_quantizer.range, PowerOfTwo):
                 raise ValueError(
                     "protocol.power_of_two: expected false, got true; leave out BN re-estimation, since the scales of "
                     f"{path!r} have to follow its factors, which are no powers of two"

@@ -13,7 +13,7 @@ from corrections.base import Calibration, GraphCorrection, StudentCorrection
 from corrections.bias_correction import BiasCorrection
 from corrections.bn_reestimation import BNReestimation
 from corrections.layers import add_missing_biases
-from lightning_modules.tuning import TuningModule, expect_tunable
+from lightning_modules.tuning import Tuning, TuningModule
 from quantizers.convert import Conversion
 from quantizers.trace import Trace
 from synthesis.analytic_ranges import reference_moments
@@ -79,7 +79,7 @@ class Corrections:
             if isinstance(step, StudentCorrection):
                 step.expect(conversion)
             elif isinstance(step, partial) and step.func is TuningModule:
-                expect_tunable(conversion, **step.keywords)
+                Tuning(**step.keywords).expect(conversion)
 
     def prepare(self, traced: Trace) -> None:
         """Correct the folded float graph, in place, before it is converted."""

@@ -55,6 +55,11 @@ class Turns:
             )
 
     @property
+    def total_steps(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * self.steps
+
+    @property
     def student_steps(self) -> int:
         """Steps that the student takes."""
         return (self.epochs - self.warmup) * self.steps
@@ -152,7 +157,7 @@ class DistillationModule(pl.LightningModule):
     @property
     def total_steps(self) -> int:
         """Steps of the whole stage."""
-        return self.turns.epochs * self.turns.steps
+        return self.turns.total_steps
 
     @property
     def progress_label(self) -> str:

@@ -75,13 +75,13 @@ def build_distillation(
             input_size=input_size,
             count=1,  # it is asked for images at every step instead
             seed=seed,
-            steps=epochs * steps,
+            steps=turns.total_steps,
             student=lambda: conversion.student,
         )
     real = None
     if few_shot is not None:
-        total = turns.epochs * turns.steps
-        real = few_shot(images, labels, steps=max(turns.student_steps, 1), total_steps=total, seed=seed)
+        lengths = {"steps": max(turns.student_steps, 1), "total_steps": turns.total_steps}
+        real = few_shot(images, labels, **lengths, seed=seed)
     return DistillationModule(
         conversion.student,
         teacher,

@@ -11,7 +11,8 @@ a run resumed from any checkpoint equals an uninterrupted one bit by bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,75 @@ Loss = Literal["kl", "mse"]
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What is tuned, and how.
+
+    Attributes:
+        learn: "biases" of all layers; "activation_scales", where the quantizer learns its scale (activation=lsq);
+            "weight_scales", a gain for each output channel of layers with a scale for each; "norms", the scale and
+            shift of normalisations that no layer could take in.
+        optimizer: makes the optimizer from parameter groups.
+        loss: "kl": from the teacher's to the student's class probabilities, mean over images and classes as published;
+            "mse": of the logits.
+        last_layer: whether the bias of the last layer is tuned too.
+        scale_lr: learning rate of activation and weight scales, as a share of each scale.
+        schedule: "constant", or "cosine" to zero.
+        steps: optimizer steps.
+        batch_size: images a step.
+
+    Raises:
+        ValueError: if a choice is unknown or a number out of range.
+    """
+
+    learn: Sequence[Learned]
+    optimizer: OptimizerFactory
+    loss: Loss = "kl"
+    last_layer: bool = False
+    scale_lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    steps: int = 800
+    batch_size: int = 50
+
+    def __post_init__(self) -> None:
+        if set(self.learn) - set(get_args(Learned)) or not self.learn:
+            raise ValueError(f"learn: expected some of {', '.join(get_args(Learned))}, got {list(self.learn)}")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, got {self.loss!r}")
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}; corrections=none tunes nothing")
+        if not 0.0 <= self.scale_lr < math.inf:
+            raise ValueError(f"scale_lr: expected a finite share of at least 0, got {self.scale_lr}")
+        anneal(self.schedule, 0, 1)  # refuses an unknown one
+        self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses its own numbers
+
+    def expect(self, conversion: Conversion) -> None:
+        """Refuse a student, which may be uncalibrated yet, in which nothing can be tuned so.
+
+        Raises:
+            ValueError: saying what it lacks.
+        """
+        plain, scales = tuned(conversion.student, self.learn, last_layer=self.last_layer)
+        own = [layer.weight_quantizer for _, layer in quantized_layers(conversion.student)]
+        gained = [q for q in own if q.channel_axis is not None] if "weight_scales" in self.learn else []
+        if any(isinstance(quantizer.range, PowerOfTwo) for quantizer in gained):
+            raise ValueError(
+                "learn: expected no weight_scales with protocol.power_of_two=true, since a gain is no power of two; "
+                "leave weight_scales out"
+            )
+        self.expect_some(plain, scales, gained)
+
+    def expect_some(self, *found: Sized) -> None:
+        """Refuse to tune nothing.
+
+        Raises:
+            ValueError: naming what was looked for.
+        """
+        if not any(map(len, found)):
+            raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(self.learn)}")
+
+
 class TuningModule(pl.LightningModule):
     """Optimises parts of the student so that its outputs meet the teacher's; train with `trainer_arguments()`.
 
@@ -48,21 +118,11 @@ class TuningModule(pl.LightningModule):
         conversion: the student is changed in place.
         teacher: the float network.
         images: (N, C, H, W), normalised; moved to the device as a whole.
-        learn: "biases" of all layers; "activation_scales", where the quantizer learns its scale (activation=lsq);
-            "weight_scales", a gain for each output channel of layers with a scale for each; "norms", the scale and
-            shift of normalisations that no layer could take in.
-        optimizer: makes the optimizer from parameter groups.
-        loss: "kl": from the teacher's to the student's class probabilities, mean over images and classes as published;
-            "mse": of the logits.
-        last_layer: whether the bias of the last layer is tuned too.
-        scale_lr: learning rate of activation and weight scales, as a share of each scale.
-        schedule: "constant", or "cosine" to zero.
-        steps: optimizer steps.
-        batch_size: images a step.
         seed: of the batches.
+        settings: those of `Tuning`.
 
     Raises:
-        ValueError: if a choice is unknown, a number out of range, or there is nothing to tune or no image.
+        ValueError: if there is no image or nothing to tune, or from `Tuning`.
         RuntimeError: at the end of training, when the loss is not finite.
     """
 
@@ -75,45 +135,27 @@ class TuningModule(pl.LightningModule):
         teacher: nn.Module,
         *,
         images: Tensor,
-        learn: Sequence[Learned],
-        optimizer: OptimizerFactory,
-        loss: Loss = "kl",
-        last_layer: bool = False,
-        scale_lr: float = 1e-4,
-        schedule: Literal["constant", "cosine"] = "constant",
-        steps: int = 800,
-        batch_size: int = 50,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if len(images) == 0:
             raise ValueError("images: expected at least one, got none; choose calibration=synthetic, real or noise")
-        expect_tunable(
-            conversion,
-            learn=learn,
-            optimizer=optimizer,
-            loss=loss,
-            last_layer=last_layer,
-            scale_lr=scale_lr,
-            schedule=schedule,
-            steps=steps,
-            batch_size=batch_size,
-        )
+        tuning = Tuning(**settings)
+        tuning.expect(conversion)
         self.student = conversion.student
-        self.steps, self.loss, self.seed, self.scale_lr, self.schedule = steps, loss, seed, scale_lr, schedule
-        self.batches = index_batches(len(images), batch_size, steps, seed=seed_of(seed, "tuning"))
+        self.tuning, self.seed = tuning, seed
+        self.batches = index_batches(len(images), tuning.batch_size, tuning.steps, seed=seed_of(seed, "tuning"))
         self.facts: dict[str, Any] = {}
         # neither belongs into checkpoints, nor does a teacher among the modules that training mode reaches
         self._images, self._teacher = images, [teacher]
-        self._optimizer_factory = optimizer
         self.register_buffer("entry_loss", torch.tensor(torch.nan))
         for _, quantizer in quantizers_of(self.student):
             quantizer.harden()
         self.student.requires_grad_(False)
-        self._plain, self._scales = tuned(self.student, learn, last_layer=last_layer)
-        self._gains = attach_gains(self.student) if "weight_scales" in learn else {}
-        if not self._plain and not self._scales and not self._gains:
-            raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(learn)}")
+        self._plain, self._scales = tuned(self.student, tuning.learn, last_layer=tuning.last_layer)
+        self._gains = attach_gains(self.student) if "weight_scales" in tuning.learn else {}
+        tuning.expect_some(self._plain, self._scales, self._gains)
         gains = [gained.gain for gained in self._gains.values()]
         for parameter in (*self._plain, *gains, *(quantizer.scale for quantizer in self._scales)):
             parameter.requires_grad_(True)
@@ -122,7 +164,7 @@ class TuningModule(pl.LightningModule):
     @property
     def total_steps(self) -> int:
         """Steps of the whole stage."""
-        return self.steps
+        return self.tuning.steps
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What a Trainer for this module needs."""
@@ -130,17 +172,17 @@ class TuningModule(pl.LightningModule):
 
     def train_dataloader(self) -> Steps:
         """Count the steps."""
-        return Steps(self.steps)
+        return Steps(self.tuning.steps)
 
     def configure_optimizers(self) -> Any:
         """One group for biases and normalisations at the optimizer's own rate, others for gains and other scales."""
         groups: list[dict[str, Any]] = [{"params": self._plain}] if self._plain else []
         if self._gains:
-            groups.append({"params": [gained.gain for gained in self._gains.values()], "lr": self.scale_lr})
-        rates = [self.scale_lr * float(quantizer.step().detach()) for quantizer in self._scales]
+            groups.append({"params": [gained.gain for gained in self._gains.values()], "lr": self.tuning.scale_lr})
+        rates = [self.tuning.scale_lr * float(quantizer.step().detach()) for quantizer in self._scales]
         groups += [{"params": [q.scale], "lr": lr} for q, lr in zip(self._scales, rates, strict=True)]
-        optimizer = self._optimizer_factory(groups)
-        schedule = LambdaLR(optimizer, partial(anneal, self.schedule, steps=self.steps))
+        optimizer = self.tuning.optimizer(groups)
+        schedule = LambdaLR(optimizer, partial(anneal, self.tuning.schedule, steps=self.tuning.steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_fit_start(self) -> None:
@@ -169,12 +211,12 @@ class TuningModule(pl.LightningModule):
         after, before = float(self._whole_loss()), float(self.entry_loss)
         if not after < float("inf"):
             raise RuntimeError(
-                f"{self.stage}: expected a finite loss after {self.steps} steps, got {after} (it began at {before}); "
-                "lower the learning rate of its optimizer"
+                f"{self.stage}: expected a finite loss after {self.tuning.steps} steps, got {after} (it began at "
+                f"{before}); lower the learning rate of its optimizer"
             )
         gains = [gained.gain for gained in self._gains.values()]
         count = sum(p.numel() for p in (*self._plain, *gains)) + len(self._scales)
-        self.facts = {"loss_before": before, "loss_after": after, "steps": self.steps, "tuned": count}
+        self.facts = {"loss_before": before, "loss_after": after, "steps": self.tuning.steps, "tuned": count}
         for logger in self.trainer.loggers:
             named = {f"{self.stage}/{key}": value for key, value in self.facts.items()}
             logger.log_metrics(named, step=self.trainer.global_step)
@@ -187,51 +229,10 @@ class TuningModule(pl.LightningModule):
         return self._distance(self._answers(self.student), self.targets)
 
     def _distance(self, logits: Tensor, targets: Tensor) -> Tensor:  # (B, K) each
-        if self.loss == "mse":
+        if self.tuning.loss == "mse":
             return F.mse_loss(logits.float(), targets)
         divergence = F.kl_div(logits.float().log_softmax(1), targets.log_softmax(1), reduction="none", log_target=True)
         return divergence.mean()
-
-
-def expect_tunable(
-    conversion: Conversion,
-    *,
-    learn: Sequence[Learned],
-    optimizer: OptimizerFactory,
-    loss: Loss = "kl",
-    last_layer: bool = False,
-    scale_lr: float = 1e-4,
-    schedule: Literal["constant", "cosine"] = "constant",
-    steps: int = 800,
-    batch_size: int = 50,
-) -> None:
-    """Refuse what `TuningModule` cannot do with this student, which may be uncalibrated yet; arguments as there.
-
-    Raises:
-        ValueError: if a choice is unknown, a number out of range, or there is nothing to tune.
-    """
-    unknown = set(learn) - set(get_args(Learned))
-    if unknown or not learn:
-        raise ValueError(f"learn: expected some of {', '.join(get_args(Learned))}, got {list(learn)}")
-    if loss not in get_args(Loss):
-        raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, got {loss!r}")
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}; corrections=none tunes nothing")
-    if not 0.0 <= scale_lr < math.inf:
-        raise ValueError(f"scale_lr: expected a finite share of at least 0, got {scale_lr}")
-    anneal(schedule, 0, 1)  # refuses an unknown one
-    optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses its own numbers
-    plain, scales = tuned(conversion.student, learn, last_layer=last_layer)
-    own = [layer.weight_quantizer for _, layer in quantized_layers(conversion.student)]
-    gains = [quantizer for quantizer in own if quantizer.channel_axis is not None] if "weight_scales" in learn else []
-    if any(isinstance(quantizer.range, PowerOfTwo) for quantizer in gains):
-        raise ValueError(
-            "learn: expected no weight_scales with protocol.power_of_two=true, since a gain is no power of two; leave "
-            "weight_scales out"
-        )
-    if not plain and not scales and not gains:
-        raise ValueError(f"learn: expected something to tune, got a student without {' or '.join(learn)}")
 
 
 def tuned(

@@ -18,6 +18,8 @@ from synthesis.moments import Moments, exactly
 
 log = logging.getLogger(__name__)
 
+Part = tuple[slice, slice]  # channels and their layers
+
 
 class ClassCentres(NamedTuple):
     """What the images of each class look like inside a network.
@@ -125,7 +127,9 @@ class ClassAlignment(nn.Module):
         self.central, self.distorted, self.relative = central, distorted, relative
         self.mean_noise, self.var_noise = mean_noise, var_noise
         first = first_deep_layer(len(sizes))
-        self.columns, self.layers = slice(sum(sizes[:first]), sum(sizes)), slice(first, len(sizes))
+        self.columns = slice(sum(sizes[:first]), sum(sizes))
+        self.deep: Part = self.columns, slice(first, len(sizes))
+        self.every: Part = slice(0, sum(sizes)), slice(0, len(sizes))
         device = centres.moments.mean.device
         segments = torch.block_diag(*(torch.ones(size, 1) for size in sizes)).to(device)
         tensors = {"mean": centres.moments.mean[:, self.columns], "var": centres.moments.var[:, self.columns]}
@@ -147,14 +151,10 @@ class ClassAlignment(nn.Module):
             label: the class.
             rng: of the noise, a CPU generator.
         """
+        if label not in self.trusted:
+            return self._towards_noise(seen, rng)
         terms: dict[str, Tensor] = {}
         with exactly(seen.mean):
-            if label not in self.trusted:
-                if self.distorted:
-                    every = slice(0, len(self.segments)), slice(None)
-                    noise = torch.randn(2, len(self.segments), generator=rng).to(seen.mean.device)
-                    terms["distorted"] = 2 * self.distorted * self._distance(seen, Moments(*noise), *every)
-                return terms
             centre = Moments(self.mean[label], self.var[label])
             noise = torch.randn(2, len(centre.mean), generator=rng).to(seen.mean.device)
             scale = self._deviation(centre.var) if self.relative else torch.ones_like(centre.var)
@@ -164,18 +164,25 @@ class ClassAlignment(nn.Module):
             )
             for name, weight, goal in (("central", self.central, centre), ("distorted", self.distorted, far)):
                 if weight:
-                    terms[name] = weight * self._distance(seen, goal, self.columns, self.layers)
+                    terms[name] = weight * self._distance(seen, goal, self.deep)
         return terms
 
-    def _distance(self, seen: Moments, goal: Moments, columns: slice, layers: slice) -> Tensor:
-        """Squared differences, averaged over the channels of each layer and then over layers."""
-        apart = (seen.mean[0, columns] - goal.mean).square() + (seen.var[0, columns] - goal.var).square()
-        return self._layerwise(apart, columns, layers).mean()
+    def _towards_noise(self, seen: Moments, rng: torch.Generator) -> dict[str, Tensor]:
+        if not self.distorted:
+            return {}
+        with exactly(seen.mean):
+            noise = torch.randn(2, len(self.segments), generator=rng).to(seen.mean.device)
+            return {"distorted": 2 * self.distorted * self._distance(seen, Moments(*noise), self.every)}
 
-    def _layerwise(self, values: Tensor, columns: slice, layers: slice) -> Tensor:  # a number a channel -> a layer
-        segments = self.segments[columns, layers]
+    def _distance(self, seen: Moments, goal: Moments, part: Part) -> Tensor:
+        """Squared differences, averaged over the channels of each layer and then over layers."""
+        columns, _ = part
+        apart = (seen.mean[0, columns] - goal.mean).square() + (seen.var[0, columns] - goal.var).square()
+        return self._layerwise(apart, part).mean()
+
+    def _layerwise(self, values: Tensor, part: Part) -> Tensor:  # a number a channel -> a number a layer
+        segments = self.segments[part]
         return (values @ segments) / segments.sum(0)
 
     def _deviation(self, var: Tensor) -> Tensor:  # of the deep channels, equal within a layer
-        deviations = self._layerwise(var, self.columns, self.layers).sqrt()
-        return self.segments[self.columns, self.layers] @ deviations
+        return self.segments[self.deep] @ self._layerwise(var, self.deep).sqrt()

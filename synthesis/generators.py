@@ -129,7 +129,8 @@ class Superposed(Conditional):
         latent: int | None = None,
         conditioning: Conditioning = "embedding",
     ) -> None:
-        super().__init__(batch_size, input_size, latent=latent or 0, conditioning=conditioning)
+        super().__init__(batch_size, input_size, conditioning=conditioning)
+        self.mapped_to = latent
 
     def bind(self, classes: int, classifier: nn.Module) -> None:
         weight = getattr(classifier, "weight", None)
@@ -140,5 +141,5 @@ class Superposed(Conditional):
             )
         rows = weight.detach().flatten(1)
         self.drawn = rows.shape[1]
-        self.latent = self.latent or self.drawn
+        self.latent = self.drawn if self.mapped_to is None else self.mapped_to
         self.generator = SuperposedGenerator(self.input_size, rows, latent=self.latent, conditioning=self.conditioning)

@@ -80,9 +80,9 @@ def plain_loop(
     """
     generator = torch.Generator()
     units = partition(conversion.reference, granularity, merges=merges)
-    if phase == "weights":
-        for _, site in sites(conversion.student):
-            site.enabled = False
+    switched = [site for _, site in sites(conversion.student) if site.enabled] if phase == "weights" else []
+    for site in switched:
+        site.enabled = False
     cutters = Cutter(conversion.student), Cutter(conversion.reference)
     quantized, floats = ({units[0].inputs[0]: x} for _ in range(2))  # what has been computed, by the tensor's name
     with torch.no_grad():
@@ -164,5 +164,5 @@ def plain_loop(
         with torch.no_grad():
             floats |= zip(unit.outputs, target, strict=True)
             quantized |= zip(unit.outputs, target if parallel else student(*x_q), strict=True)
-    for _, site in sites(conversion.student):
+    for site in switched:
         site.enabled = True
