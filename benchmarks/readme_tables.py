@@ -36,6 +36,7 @@ PIVOTS = {  # by document and results file: a row a method, a column for each wi
         "calibration_cifar10": "Roundings, granularities and pipelines, CIFAR-10, ResNet-20 (10,000 test images)",
         "calibration_resnet50": "Roundings and pipelines, ResNet-50 (500 test images, standard error about 1.3 points)",
         "ablation_cifar10": "`pipeline=calibrant` and its parts, 2,000 steps, CIFAR-10, ResNet-20 (10,000 test images)",
+        "ablation_resnet50": "`pipeline=calibrant_fast` and its parts, 60 steps, ResNet-50 (1,000 test images)",
     },
 }
 CARDS = {  # by card: what the column `images` says in rows about it
@@ -74,7 +75,10 @@ SETTING = (
     "pipeline", "iterations", "corrections", "changes",
 )  # fmt: skip
 RATES = ("weight.", "generator.", "activation.", "corrections.bias_tuning.")  # told by the plan, not by the table
-ASIDE = ("reconstruction.batch_size", "reconstruction.iterations", "reconstruction.rates_stated_for")
+ASIDE = (
+    "reconstruction.batch_size", "reconstruction.iterations", "reconstruction.rates_stated_for", "data.limit",
+    "model.stated_top1",
+)  # fmt: skip
 SHOWN = {"generator.steps": "generator_steps", "reconstruction.iterations": "iterations"}  # settings with a place
 
 
@@ -189,13 +193,13 @@ def method(row: dict[str, str]) -> str:
 
 
 def part_changed(row: dict[str, str]) -> str:
-    """Of one pipeline in variations: the rounding, and what else its command line asks for."""
+    """Of one pipeline in variations: rounding and reconstruction, and what else its command line asks for."""
     asked = [s for s in row["overrides"].split() if s.split("=")[0] not in (*ASIDE, "reconstruction.bias_lr")]
     told = {"reconstruction.drop=0.0": "no drop"}
     others = [value for value, own in ((row["activation"], "lsq"), (row["corrections"], "none")) if value != own]
     names = [told.get(text, text.removeprefix("reconstruction.").removeprefix("reconstruction/")) for text in asked]
     biases = ["biases"] if "reconstruction.bias_lr=" in row["changes"] else []
-    return ", ".join([row["weight"], *biases, *others, *sorted(names)])
+    return ", ".join([row["weight"], row["pipeline"], *biases, *others, *sorted(names)])
 
 
 def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:

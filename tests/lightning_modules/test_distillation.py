@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,14 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize(("step", "changes"), [(2, {}), (6, {}), (8, FDDA), (7, AIT), (5, IMAGES)])
+@pytest.mark.parametrize(("step", "changes"), [(2, {}), (6, {}), (8, FDDA), (7, AIT), (5, IMAGES), (12, {})])
 def test_resumed_run_is_bitwise_the_uninterrupted_run(
     teacher: nn.Module, tmp_path: Path, step: int, changes: dict[str, Any]
 ) -> None:
     whole = fitted(teacher, **changes)
     path = tmp_path / "distillation.ckpt"
     stopped, resumed = build(teacher, **changes), build(teacher, **changes)
-    with pytest.raises(Interrupt):
+    with pytest.raises(Interrupt) if step < 12 else nullcontext():  # before the thirteenth nothing starts
         trainer(stopped, callbacks=[SaveAt(step, path), InterruptAt(step)]).fit(stopped)
     torch.manual_seed(99)
     trainer(resumed).fit(resumed, ckpt_path=path)
