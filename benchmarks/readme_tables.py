@@ -35,8 +35,8 @@ PIVOTS = {  # by document and results file: a row a method, a column for each wi
     "docs/results.md": {
         "calibration_cifar10": "Roundings, granularities and pipelines, CIFAR-10, ResNet-20 (10,000 test images)",
         "calibration_resnet50": "Roundings and pipelines, ResNet-50 (500 test images, standard error about 1.3 points)",
-        "ablation_cifar10": "`pipeline=calibrant` and its parts, 2,000 steps, CIFAR-10, ResNet-20 (10,000 test images)",
-        "ablation_resnet50": "`pipeline=calibrant_fast` and its parts, 60 steps, ResNet-50 (1,000 test images)",
+        "ablation_cifar10": "`pipeline=calibrant` and its parts, CIFAR-10, ResNet-20 (10,000 test images)",
+        "ablation_resnet50": "`pipeline=calibrant`, short, and its parts, ResNet-50 (1,000 test images)",
     },
 }
 CARDS = {  # by card: what the column `images` says in rows about it
@@ -193,13 +193,13 @@ def method(row: dict[str, str]) -> str:
 
 
 def part_changed(row: dict[str, str]) -> str:
-    """Of one pipeline in variations: rounding and reconstruction, and what else its command line asks for."""
+    """Of one pipeline in variations: rounding, reconstruction and its length, and what else was asked for."""
     asked = [s for s in row["overrides"].split() if s.split("=")[0] not in (*ASIDE, "reconstruction.bias_lr")]
     told = {"reconstruction.drop=0.0": "no drop"}
     others = [value for value, own in ((row["activation"], "lsq"), (row["corrections"], "none")) if value != own]
     names = [told.get(text, text.removeprefix("reconstruction.").removeprefix("reconstruction/")) for text in asked]
     biases = ["biases"] if "reconstruction.bias_lr=" in row["changes"] else []
-    return ", ".join([row["weight"], row["pipeline"], *biases, *others, *sorted(names)])
+    return ", ".join([row["weight"], f"{row['pipeline']}, {row['iterations']} steps", *biases, *others, *sorted(names)])
 
 
 def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:
@@ -215,30 +215,38 @@ def pivot(rows: list[dict[str, str]], name_of: Callable[[dict[str, str]], str] =
     )
     columns = [(w, a, kind) for w, a in widths for kind in kinds]
     cells: dict[str, dict[Any, list[float]]] = {}
+    divergences: dict[Any, list[float]] = {}
+    diverging = all(row.get("kl") for row in rows)  # where only some rows have it, it compares nothing
     seconds: dict[str, list[float]] = {}
     for row in rows:
         name = name_of(row)
         column = int(row["w_bits"]), int(row["a_bits"]), row["images"]
         cells.setdefault(name, {}).setdefault(column, []).append(float(row["top1"]))
+        if diverging:
+            divergences.setdefault((name, column), []).append(float(row["kl"]))
         if row["images_from_store"] == "True":
             seconds.setdefault(name, []).append(float(row["seconds"]))
     best = {c: max((statistics.mean(found[c]) for found in cells.values() if c in found), default=0.0) for c in columns}
     heads = [f"W{w}A{a} {kind}" for w, a, kind in columns]
     lines = [f"| method | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
     for name in sorted(cells):
-        shown = [best_cell(cells[name].get(column, []), best[column]) for column in columns]
+        shown = [
+            best_cell(cells[name].get(column, []), best[column], divergences.get((name, column), []))
+            for column in columns
+        ]
         spent = f"{statistics.median(seconds[name]):.0f}" if name in seconds else ""
         lines.append(f"| {name} | {' | '.join(shown)} | {spent} |")
     return lines
 
 
-def best_cell(values: list[float], best: float) -> str:
-    """Mean and sample deviation, bold where it is the best."""
+def best_cell(values: list[float], best: float, divergences: list[float]) -> str:
+    """Mean and sample deviation, bold where it is the best; then the mean divergence from the float network."""
     if not values:
         return ""
     mean = statistics.mean(values)
     text = f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
-    return f"**{text}**" if mean >= best - 0.005 else text
+    told = f", KL {statistics.mean(divergences):.3f}" if divergences else ""
+    return (f"**{text}**" if mean >= best - 0.005 else text) + told
 
 
 def main() -> None:

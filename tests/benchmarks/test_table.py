@@ -47,7 +47,7 @@ def facts(*overrides: str, origin: str = "synthetic", **choices: str) -> dict[st
         "overrides": [f"experiment={chosen['experiment']}", *options, *overrides],
         "images": {"origin": origin, "count": cfg.calibration.count, "from_store": False},
         "teacher": {"name": "cifar10_resnet20"},
-        "metrics": metrics | {"test/quantized/agreement": 96.0},
+        "metrics": metrics | {"test/quantized/agreement": 96.0, "test/quantized/kl": 0.05},
         "stages": {"images": {"seconds": 1.0, "peak_mib": 2.0}},
         "machine": "m",
         "commit": "c",
@@ -241,6 +241,9 @@ def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
         "| flexround, block, no drop |  |  | 88.40 |  | 20 |",
         "| nearest |  |  |  | **80.00** | 20 |",
     ]
+    assert lines[1:] == [line.replace(", KL 0.200", "") for line in pivot([row | {"kl": "0.2"} for row in rows])[3:]]
+    assert "**88.50 ± 0.71**, KL 0.200" in pivot([row | {"kl": "0.2"} for row in rows])[2]
+    assert pivot([rows[0] | {"kl": "0.2"}, *rows[1:]])[2:] == lines  # where some lack it, it compares nothing
 
 
 def test_no_script_has_the_name_of_a_package():
