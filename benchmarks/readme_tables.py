@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,6 +82,7 @@ ASIDE = (
     "reconstruction.batch_size", "reconstruction.iterations", "reconstruction.rates_stated_for", "data.limit",
     "model.stated_top1",
 )  # fmt: skip
+CHOICES = {"override /weight": "weight", "override /activation": "activation", "override /reconstruction": "pipeline"}
 SHOWN = {"generator.steps": "generator_steps", "reconstruction.iterations": "iterations"}  # settings with a place
 
 
@@ -179,7 +183,8 @@ def method(row: dict[str, str]) -> str:
     settings = dict(setting.split("=", 1) for setting in row["changes"].split())
     settings = {key: value for key, value in settings.items() if not key.startswith(RATES) and key not in ASIDE}
     if row["recipe"] not in ("", "none"):
-        parts = [f"pipeline {row['recipe']}"]
+        own = own_choices(row["recipe"])
+        parts = [f"pipeline {row['recipe']}", *(row[key] for key, option in own.items() if row[key] != option)]
         asked = {setting.split("=", 1)[0] for setting in row["overrides"].split()}
         settings = {key: value for key, value in settings.items() if key in asked}  # the others are the recipe's own
         if row["corrections"] in ("", "none") and row["recipe"] in ("light", "advanced"):
@@ -190,6 +195,19 @@ def method(row: dict[str, str]) -> str:
             parts.append(settings.pop("reconstruction.granularity", "block"))
     told = {"reconstruction.drop=0.0": "no drop", "reconstruction.schedule=parallel": "parallel"}
     return ", ".join(parts + [told.get(text, text) for text in (f"{k}={v}" for k, v in sorted(settings.items()))])
+
+
+@functools.cache
+def own_choices(recipe: str) -> dict[str, str]:
+    """What a pipeline chooses for the columns `weight`, `activation` and `pipeline`."""
+    found: dict[str, str] = {}
+    option: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "pipeline" / f"{recipe}.yaml"), resolve=False)
+    for entry in option["defaults"]:
+        if isinstance(entry, str):
+            found |= own_choices(entry) if entry != "_self_" else {}
+        else:
+            found |= {column: entry[key] for key, column in CHOICES.items() if key in entry}
+    return found
 
 
 def part_changed(row: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from benchmarks.readme_tables import SETTING, cells, pivot
+from benchmarks.readme_tables import SETTING, cells, method, pivot
 from benchmarks.table import add, arguments, changes, collect, merge, part, planned, read_rows, replaces, spelled
 from callbacks.report import result_row
 from tests.configuration import ROOT, composed
@@ -244,6 +244,15 @@ def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
     assert lines[1:] == [line.replace(", KL 0.200", "") for line in pivot([row | {"kl": "0.2"} for row in rows])[3:]]
     assert "**88.50 ± 0.71**, KL 0.200" in pivot([row | {"kl": "0.2"} for row in rows])[2]
     assert pivot([rows[0] | {"kl": "0.2"}, *rows[1:]])[2:] == lines  # where some lack it, it compares nothing
+
+
+def test_a_pipeline_with_a_part_exchanged_has_a_row_of_its_own():
+    row = {"recipe": "calibrant_fast", "weight": "adaquant", "activation": "lsq", "pipeline": "calibrant"}
+    row |= {"changes": "", "overrides": "", "corrections": "none"}
+    assert method(row) == "pipeline calibrant_fast"
+    assert method(row | {"pipeline": "qdrop"}) == "pipeline calibrant_fast, qdrop"
+    changed = row | {"recipe": "calibrant", "weight": "flexround", "activation": "lsq_plus"}
+    assert method(changed) == "pipeline calibrant, flexround, lsq_plus"
 
 
 def test_no_script_has_the_name_of_a_package():
