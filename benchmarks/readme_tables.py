@@ -187,8 +187,12 @@ def method(row: dict[str, str]) -> str:
         parts = [f"pipeline {row['recipe']}", *(row[key] for key, option in own.items() if row[key] != option)]
         asked = {setting.split("=", 1)[0] for setting in row["overrides"].split()}
         settings = {key: value for key, value in settings.items() if key in asked}  # the others are the recipe's own
-        if row["corrections"] in ("", "none") and row["recipe"] in ("light", "advanced"):
+        parts += [text for text in row["overrides"].split() if "/" in text.split("=")[0]]
+        corrected = row["corrections"] not in ("", "none")
+        if not corrected and row["recipe"] in ("light", "advanced"):
             parts.append("without corrections")
+        if corrected and row["recipe"] in ("calibrant", "calibrant_fast"):
+            parts.append(row["corrections"])
     else:
         parts = [row["weight"]]
         if row["pipeline"] == "fast":
@@ -212,11 +216,13 @@ def own_choices(recipe: str) -> dict[str, str]:
 
 def part_changed(row: dict[str, str]) -> str:
     """Of one pipeline in variations: rounding, reconstruction and its length, and what else was asked for."""
-    asked = [s for s in row["overrides"].split() if s.split("=")[0] not in (*ASIDE, "reconstruction.bias_lr")]
+    told_otherwise = (*ASIDE, "reconstruction.bias_lr", "activation.lr", "activation.relative")
+    asked = [s for s in row["overrides"].split() if s.split("=")[0] not in told_otherwise]
     told = {"reconstruction.drop=0.0": "no drop"}
     others = [value for value, own in ((row["activation"], "lsq"), (row["corrections"], "none")) if value != own]
     names = [told.get(text, text.removeprefix("reconstruction.").removeprefix("reconstruction/")) for text in asked]
     biases = ["biases"] if "reconstruction.bias_lr=" in row["changes"] else []
+    biases += [] if "activation.relative=True" in row["changes"] else ["absolute rates"]
     return ", ".join([row["weight"], f"{row['pipeline']}, {row['iterations']} steps", *biases, *others, *sorted(names)])
 
 

@@ -164,6 +164,7 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
     index = torch.arange(cfg.reconstruction.batch_size) % count
+    power = float(cfg.reconstruction.objective.p)
     unit, generator = cache.student_module, torch.Generator()
 
     def step() -> None:
@@ -172,7 +173,8 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
             floats = [x[index] for x in cache.teacher_inputs]
             inputs = [qdrop(q, x, module.drop, generator) for q, x in zip(inputs, floats, strict=True)]
         targets = [x[index] for x in cache.targets]
-        error = (unit(*inputs)[0] - targets[0]).square().sum(1).mean()
+        difference = unit(*inputs)[0] - targets[0]
+        error = (difference.square() if power == 2.0 else difference.abs().pow(power)).sum(1).mean()
         loss = error + 0.1 * learnables.regularizer(0.5)
         optimizer.zero_grad()
         loss.backward()

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from benchmarks.readme_tables import SETTING, cells, method, pivot
+from benchmarks.readme_tables import SETTING, cells, method, part_changed, pivot
 from benchmarks.table import add, arguments, changes, collect, merge, part, planned, read_rows, replaces, spelled
 from callbacks.report import result_row
 from tests.configuration import ROOT, composed
@@ -253,6 +253,17 @@ def test_a_pipeline_with_a_part_exchanged_has_a_row_of_its_own():
     assert method(row | {"pipeline": "qdrop"}) == "pipeline calibrant_fast, qdrop"
     changed = row | {"recipe": "calibrant", "weight": "flexround", "activation": "lsq_plus"}
     assert method(changed) == "pipeline calibrant, flexround, lsq_plus"
+    squared = {"overrides": "reconstruction/objective=mse", "changes": "reconstruction.objective.p=2.0"}
+    assert method(row | squared) == "pipeline calibrant_fast, reconstruction/objective=mse"
+    assert method(row | {"corrections": "network_polish"}) == "pipeline calibrant_fast, network_polish"
+
+
+def test_a_part_of_a_pipeline_says_whether_rates_are_absolute():
+    row = {"weight": "adaquant", "activation": "lsq", "pipeline": "qdrop", "iterations": "60", "corrections": "none"}
+    row |= {"changes": "activation.relative=True", "overrides": "data.limit=1000 reconstruction/objective=fisher"}
+    assert part_changed(row) == "adaquant, qdrop, 60 steps, objective=fisher"
+    row |= {"changes": "reconstruction.bias_lr=0.0001", "overrides": "activation.relative=False activation.lr=4e-05"}
+    assert part_changed(row) == "adaquant, qdrop, 60 steps, biases, absolute rates"
 
 
 def test_no_script_has_the_name_of_a_package():

@@ -62,12 +62,12 @@ def test_every_option_learns_all_units_to_finite_errors(option: str) -> None:
 
 
 class Middle(nn.Sequential):
-    """Three convolutions, of which the second is the one at few bits."""
+    """Three convolutions, of which the second is the one at few bits; wide, since what one channel learns is chance."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+            super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 1))
 
 
 LEARNED = [

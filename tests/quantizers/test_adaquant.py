@@ -82,14 +82,14 @@ def test_learned_on_a_layer_it_beats_nearest_at_any_size_of_the_weights(bits: in
     inputs = (draw(256, 32, seed=1) @ draw(32, 32, seed=2) / 6).relu()
     learned = []
     for size in (1.0, 2.0**-10):
-        weight = draw(16, 32) * size
+        weight = draw(512, 32) * size  # many channels, since what one of them learns hangs on a processor's last bits
         target = inputs @ weight.T
         quantizer = AdaQuant(weight, bits, range=MinMax())
         nearest = (inputs @ quantizer(weight).T - target).square().mean().item()
         train(quantizer, lambda q, w=weight, t=target, s=size: ((inputs @ q(w).T - t) / s).square().mean(), 300)
         quantizer.harden()
         learned.append((inputs @ quantizer(weight).T - target).square().mean().item() / nearest)
-    assert learned[0] < 0.9
+    assert learned[0] < 0.8
     assert learned[1] == pytest.approx(learned[0], rel=0.1)
 
 
