@@ -39,7 +39,7 @@ PIVOTS = {  # by document and results file: a row a method, a column for each wi
         "calibration_cifar10": "Roundings, granularities and pipelines, CIFAR-10, ResNet-20 (10,000 test images)",
         "calibration_resnet50": "Roundings and pipelines, ResNet-50 (500 test images, standard error about 1.3 points)",
         "ablation_cifar10": "`pipeline=calibrant` and its parts, CIFAR-10, ResNet-20 (10,000 test images)",
-        "ablation_resnet50": "`pipeline=calibrant`, short, and its parts, ResNet-50 (1,000 test images)",
+        "ablation_resnet50": "`pipeline=calibrant_fast` and its parts, ResNet-50 (1,000 test images)",
     },
 }
 CARDS = {  # by card: what the column `images` says in rows about it
@@ -82,7 +82,13 @@ ASIDE = (
     "reconstruction.batch_size", "reconstruction.iterations", "reconstruction.rates_stated_for", "data.limit",
     "model.stated_top1",
 )  # fmt: skip
-CHOICES = {"override /weight": "weight", "override /activation": "activation", "override /reconstruction": "pipeline"}
+PARTS = ("weight", "activation", "pipeline")
+CHOICES = {  # by what a pipeline's file says: the column that tells it
+    "override /weight": "weight",
+    "override /activation": "activation",
+    "override /reconstruction": "pipeline",
+    "override /corrections": "corrections",
+}
 SHOWN = {"generator.steps": "generator_steps", "reconstruction.iterations": "iterations"}  # settings with a place
 
 
@@ -184,15 +190,13 @@ def method(row: dict[str, str]) -> str:
     settings = {key: value for key, value in settings.items() if not key.startswith(RATES) and key not in ASIDE}
     if row["recipe"] not in ("", "none"):
         own = own_choices(row["recipe"])
-        parts = [f"pipeline {row['recipe']}", *(row[key] for key, option in own.items() if row[key] != option)]
+        parts = [f"pipeline {row['recipe']}", *(row[key] for key in PARTS if row[key] != own[key])]
         asked = {setting.split("=", 1)[0] for setting in row["overrides"].split()}
         settings = {key: value for key, value in settings.items() if key in asked}  # the others are the recipe's own
         parts += [text for text in row["overrides"].split() if "/" in text.split("=")[0]]
-        corrected = row["corrections"] not in ("", "none")
-        if not corrected and row["recipe"] in ("light", "advanced"):
-            parts.append("without corrections")
-        if corrected and row["recipe"] in ("calibrant", "calibrant_fast"):
-            parts.append(row["corrections"])
+        corrected, meant = (found["corrections"] not in ("", "none") for found in (row, own))
+        if corrected != meant:
+            parts.append(row["corrections"] if corrected else "without corrections")
     else:
         parts = [row["weight"]]
         if row["pipeline"] == "fast":
@@ -202,28 +206,28 @@ def method(row: dict[str, str]) -> str:
 
 
 @functools.cache
-def own_choices(recipe: str) -> dict[str, str]:
-    """What a pipeline chooses for the columns `weight`, `activation` and `pipeline`."""
-    found: dict[str, str] = {}
-    option: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "pipeline" / f"{recipe}.yaml"), resolve=False)
-    for entry in option["defaults"]:
+def own_choices(recipe: str) -> dict[str, Any]:
+    """What a pipeline chooses for the columns `weight`, `activation`, `pipeline` and `corrections`."""
+    found: dict[str, Any] = {}
+    for entry in OmegaConf.load(ROOT / "conf" / "pipeline" / f"{recipe}.yaml").defaults:
         if isinstance(entry, str):
             found |= own_choices(entry) if entry != "_self_" else {}
         else:
-            found |= {column: entry[key] for key, column in CHOICES.items() if key in entry}
+            found |= {CHOICES[key]: option for key, option in entry.items()}
     return found
 
 
 def part_changed(row: dict[str, str]) -> str:
     """Of one pipeline in variations: rounding, reconstruction and its length, and what else was asked for."""
-    told_otherwise = (*ASIDE, "reconstruction.bias_lr", "activation.lr", "activation.relative")
+    told_otherwise = (*ASIDE, "reconstruction.bias_lr", "activation.relative")
     asked = [s for s in row["overrides"].split() if s.split("=")[0] not in told_otherwise]
     told = {"reconstruction.drop=0.0": "no drop"}
     others = [value for value, own in ((row["activation"], "lsq"), (row["corrections"], "none")) if value != own]
     names = [told.get(text, text.removeprefix("reconstruction.").removeprefix("reconstruction/")) for text in asked]
     biases = ["biases"] if "reconstruction.bias_lr=" in row["changes"] else []
-    biases += [] if "activation.relative=True" in row["changes"] else ["absolute rates"]
-    return ", ".join([row["weight"], f"{row['pipeline']}, {row['iterations']} steps", *biases, *others, *sorted(names)])
+    rates = [] if "activation.relative=True" in row["changes"] else ["absolute rates"]
+    length = f"{row['iterations']} steps"
+    return ", ".join([row["weight"], row["pipeline"], length, *biases, *rates, *others, *sorted(names)])
 
 
 def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:
@@ -238,39 +242,37 @@ def pivot(rows: list[dict[str, str]], name_of: Callable[[dict[str, str]], str] =
         {(int(row["w_bits"]), int(row["a_bits"])) for row in rows}, key=lambda wide: (-wide[0] * wide[1], wide)
     )
     columns = [(w, a, kind) for w, a in widths for kind in kinds]
-    cells: dict[str, dict[Any, list[float]]] = {}
-    divergences: dict[Any, list[float]] = {}
-    diverging = all(row.get("kl") for row in rows)  # where only some rows have it, it compares nothing
-    seconds: dict[str, list[float]] = {}
+    cells: dict[tuple[str, Any], list[dict[str, str]]] = {}
     for row in rows:
-        name = name_of(row)
         column = int(row["w_bits"]), int(row["a_bits"]), row["images"]
-        cells.setdefault(name, {}).setdefault(column, []).append(float(row["top1"]))
-        if diverging:
-            divergences.setdefault((name, column), []).append(float(row["kl"]))
-        if row["images_from_store"] == "True":
-            seconds.setdefault(name, []).append(float(row["seconds"]))
-    best = {c: max((statistics.mean(found[c]) for found in cells.values() if c in found), default=0.0) for c in columns}
+        cells.setdefault((name_of(row), column), []).append(row)
+    best: dict[Any, float] = {}
+    for (_, column), found in cells.items():
+        best[column] = max(best.get(column, 0.0), mean_of(found, "top1"))
+    diverging = all(row.get("kl") for row in rows)  # where only some rows have it, it compares nothing
     heads = [f"W{w}A{a} {kind}" for w, a, kind in columns]
     lines = [f"| method | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
-    for name in sorted(cells):
-        shown = [
-            best_cell(cells[name].get(column, []), best[column], divergences.get((name, column), []))
-            for column in columns
-        ]
-        spent = f"{statistics.median(seconds[name]):.0f}" if name in seconds else ""
+    for name in sorted({name for name, _ in cells}):
+        of_it = [cells.get((name, column), []) for column in columns]
+        shown = [cell(found, best.get(column, 0.0), diverging) for found, column in zip(of_it, columns, strict=True)]
+        seconds = [float(row["seconds"]) for found in of_it for row in found if row["images_from_store"] == "True"]
+        spent = f"{statistics.median(seconds):.0f}" if seconds else ""
         lines.append(f"| {name} | {' | '.join(shown)} | {spent} |")
     return lines
 
 
-def best_cell(values: list[float], best: float, divergences: list[float]) -> str:
-    """Mean and sample deviation, bold where it is the best; then the mean divergence from the float network."""
-    if not values:
+def cell(rows: list[dict[str, str]], best: float, diverging: bool) -> str:
+    """Mean top-1 and sample deviation, bold where it is the best; then the mean divergence from the float network."""
+    if not rows:
         return ""
-    mean = statistics.mean(values)
-    text = f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
-    told = f", KL {statistics.mean(divergences):.3f}" if divergences else ""
-    return (f"**{text}**" if mean >= best - 0.005 else text) + told
+    text = spread([float(row["top1"]) for row in rows])
+    told = f", KL {mean_of(rows, 'kl'):.3f}" if diverging else ""
+    return (f"**{text}**" if mean_of(rows, "top1") >= best - 0.005 else text) + told
+
+
+def mean_of(rows: list[dict[str, str]], key: str) -> float:
+    """Mean of a column."""
+    return statistics.mean(float(row[key]) for row in rows)
 
 
 def main() -> None:

@@ -2,13 +2,13 @@
 
     python benchmarks/throughput.py [--threads 2] [--network cifar10_resnet20 resnet18] [--generators dsg zeroq ...]
 
-Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of
-the same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
-forward, loss, backward and Adam on the same unit, with our quantizers and dropping; and of QDrop's over a loop in which
-these are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n steps a unit, with
-the activations between units, over the same loops and nothing else. Rounds alternate between the two, so that other
-load on the machine falls on both; the figure is the median over rounds of the ratio of the two. Rows of what was
-measured again are replaced.
+Synthesis: seconds of a training step of each generator preset over a bare forward and backward (to the pixels) of the
+same teacher at the same batch. Reconstruction: seconds of a Trainer's step of a block over a plain loop of the same
+forward, loss, backward and Adam on the same unit, with our quantizers, dropping and objective; and of QDrop's over a
+loop in which these are plain torch as well. Goals: 1.25 and 1.15. With `--whole n`: the whole reconstruction at n
+steps a unit, with the activations between units, over the same loops and nothing else. Rounds alternate between the
+two, so that other load on the machine falls on both; the figure is the median over rounds of the ratio of the two.
+Rows of what was measured again are replaced.
 """
 
 from __future__ import annotations
@@ -164,7 +164,6 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
             parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
     index = torch.arange(cfg.reconstruction.batch_size) % count
-    power = float(cfg.reconstruction.objective.p)
     unit, generator = cache.student_module, torch.Generator()
 
     def step() -> None:
@@ -172,9 +171,7 @@ def plain_step(cfg: Any, module: Any, cache: Any, epoch: int, count: int) -> Cal
         if module.drop:
             floats = [x[index] for x in cache.teacher_inputs]
             inputs = [qdrop(q, x, module.drop, generator) for q, x in zip(inputs, floats, strict=True)]
-        targets = [x[index] for x in cache.targets]
-        difference = unit(*inputs)[0] - targets[0]
-        error = (difference.square() if power == 2.0 else difference.abs().pow(power)).sum(1).mean()
+        error = module.loss.objective.errors(cache, unit(*inputs), index).mean()
         loss = error + 0.1 * learnables.regularizer(0.5)
         optimizer.zero_grad()
         loss.backward()

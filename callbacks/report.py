@@ -174,7 +174,7 @@ def result_row(facts: Mapping[str, Any]) -> dict[str, Any]:
         "average_a_bits": rounded(allocation.get("average_activation_bits")),
         "size_fraction": rounded(allocation.get("size_fraction")),
         "distillation": named(choices.get("distillation")),
-        "kl": float(f"{metrics['test/quantized/kl']:.4g}"),
+        "kl": float(pretty(metrics["test/quantized/kl"])),
     }
 
 

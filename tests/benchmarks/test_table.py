@@ -241,8 +241,9 @@ def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
         "| flexround, block, no drop |  |  | 88.40 |  | 20 |",
         "| nearest |  |  |  | **80.00** | 20 |",
     ]
-    assert lines[1:] == [line.replace(", KL 0.200", "") for line in pivot([row | {"kl": "0.2"} for row in rows])[3:]]
-    assert "**88.50 ± 0.71**, KL 0.200" in pivot([row | {"kl": "0.2"} for row in rows])[2]
+    diverging = pivot([row | {"kl": "0.2"} for row in rows])[2:]
+    assert [line.replace(", KL 0.200", "") for line in diverging] == lines
+    assert "**88.50 ± 0.71**, KL 0.200" in diverging[0]
     assert pivot([rows[0] | {"kl": "0.2"}, *rows[1:]])[2:] == lines  # where some lack it, it compares nothing
 
 
@@ -256,6 +257,9 @@ def test_a_pipeline_with_a_part_exchanged_has_a_row_of_its_own():
     squared = {"overrides": "reconstruction/objective=mse", "changes": "reconstruction.objective.p=2.0"}
     assert method(row | squared) == "pipeline calibrant_fast, reconstruction/objective=mse"
     assert method(row | {"corrections": "network_polish"}) == "pipeline calibrant_fast, network_polish"
+    light = {"recipe": "light", "weight": "nearest_minmax", "activation": "sample_minmax", "pipeline": "none"}
+    assert method(row | light) == "pipeline light, without corrections"
+    assert method(row | light | {"corrections": "bn_reestimation+bias_correction"}) == "pipeline light"
 
 
 def test_a_part_of_a_pipeline_says_whether_rates_are_absolute():
@@ -263,7 +267,7 @@ def test_a_part_of_a_pipeline_says_whether_rates_are_absolute():
     row |= {"changes": "activation.relative=True", "overrides": "data.limit=1000 reconstruction/objective=fisher"}
     assert part_changed(row) == "adaquant, qdrop, 60 steps, objective=fisher"
     row |= {"changes": "reconstruction.bias_lr=0.0001", "overrides": "activation.relative=False activation.lr=4e-05"}
-    assert part_changed(row) == "adaquant, qdrop, 60 steps, biases, absolute rates"
+    assert part_changed(row) == "adaquant, qdrop, 60 steps, biases, absolute rates, activation.lr=4e-05"
 
 
 def test_no_script_has_the_name_of_a_package():

@@ -75,19 +75,22 @@ def test_hardening_folds_the_step_and_keeps_every_number() -> None:
 
 
 def test_learned_on_a_layer_it_beats_nearest() -> None:
-    weight = draw(512, 32)  # many channels, since what one of them learns hangs on a processor's last bits
     inputs = (draw(256, 32, seed=1) @ draw(32, 32, seed=2) / 6).relu()
-    target = inputs @ weight.T
-    quantizer = FlexRound(weight, 3, range=LpSearch())
-    nearest = (inputs @ quantizer(weight).T - target).square().mean().item()
-    optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["lr"]} for g in quantizer.parameter_groups()])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-    for _ in range(300):
-        optimizer.zero_grad()
-        (inputs @ quantizer(weight).T - target).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-    assert (inputs @ quantizer(weight).T - target).square().mean() < 0.85 * nearest
+    left = []
+    for seed in (0, 3, 4):  # many channels of several layers, since what one learns hangs on a processor's last bits
+        weight = draw(512, 32, seed=seed)
+        target = inputs @ weight.T
+        quantizer = FlexRound(weight, 3, range=LpSearch())
+        nearest = (inputs @ quantizer(weight).T - target).square().mean().item()
+        optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["lr"]} for g in quantizer.parameter_groups()])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (inputs @ quantizer(weight).T - target).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        left.append((inputs @ quantizer(weight).T - target).square().mean().item() / nearest)
+    assert sum(left) / len(left) < 0.8
 
 
 def test_groups() -> None:
