@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -35,8 +37,7 @@ def options(group: str) -> list[str]:
 
 def composed(overrides: Iterable[str] = (), folder: Path | None = None) -> DictConfig:
     """The configuration of `python run.py <overrides>`; with a folder, as saved there by a run."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides), return_hydra_config=False)
+    cfg = copy.deepcopy(_composed(tuple(overrides)))
     with open_dict(cfg):
         cfg.paths.output = str(folder or "unused")
         cfg.paths.store = str(folder / "store") if folder else "unused"
@@ -44,6 +45,13 @@ def composed(overrides: Iterable[str] = (), folder: Path | None = None) -> DictC
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     return cfg
+
+
+@lru_cache(maxsize=256)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Never to be changed. Several tests ask for the same, and Hydra takes 0.2 s for each."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=False)
 
 
 def choosing(weight: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,3 +21,9 @@ def data_root() -> Path:
     if not folder:
         pytest.skip("needs real weights and images: set CALIBRANT_DATA to their folder")
     return Path(folder)
+
+
+def pytest_collection_finish() -> None:
+    """Leave imported code and collected tests out of garbage collections, of which each job makes one."""
+    gc.collect()
+    gc.freeze()
