@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -21,48 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from datamodules.steps import Steps
+from lightning_modules.epoch_losses import GENERATOR, STUDENT, EpochLosses
 from lightning_modules.few_shot import FewShot
 from lightning_modules.generator import Draft, GeneratorModule
+from lightning_modules.turns import Turns
 from quantizers.layer import quantizers_of, sites
 from quantizers.moving_average import MovingAverage
 from reconstruction.learner import Learner
 from reconstruction.student_loss import StudentLoss
 from synthesis.seeding import seeded
 from synthesis.views import Identity, View
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turns:
-    """Who learns when.
-
-    Attributes:
-        epochs: all of them.
-        warmup: the first ones, in which only the generator learns; all of them where only its images are wanted.
-        steps: of an epoch.
-        range_epochs: after the warm-up, in which activation ranges move with the batches (activation=ema).
-    """
-
-    epochs: int
-    warmup: int = 0
-    steps: int = 200
-    range_epochs: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.steps < 1 or self.range_epochs < 0 or not 0 <= self.warmup <= self.epochs:
-            raise ValueError(
-                "epochs, warmup, steps, range_epochs: expected epochs and steps >= 1, range_epochs >= 0 and no more "
-                f"epochs of warm-up than epochs, got {self.epochs}, {self.warmup}, {self.steps} and {self.range_epochs}"
-            )
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all epochs."""
-        return self.epochs * self.steps
-
-    @property
-    def student_steps(self) -> int:
-        """Steps that the student takes."""
-        return (self.epochs - self.warmup) * self.steps
 
 
 class Lesson(NamedTuple):
@@ -100,9 +67,6 @@ class DistillationModule(pl.LightningModule):
     """
 
     stage = "distillation"
-    losses: Tensor  # sums over the present epoch: of the generator, of the student
-    first: Tensor
-    best: Tensor  # least mean loss of the student in an epoch, and that epoch
 
     def __init__(
         self,
@@ -145,9 +109,7 @@ class DistillationModule(pl.LightningModule):
         self.facts: dict[str, Any] = {}
         self._teacher = [teacher]  # neither belongs into checkpoints nor into training mode
         self._averages = [s.quantizer for _, s in sites(student) if isinstance(s.quantizer, MovingAverage)]
-        self.register_buffer("losses", torch.zeros(2))
-        self.register_buffer("first", torch.tensor(torch.inf))
-        self.register_buffer("best", torch.tensor([torch.inf, -1.0]))
+        self.losses = EpochLosses()
         if generator is not None:
             generator.source.reset(seeded(seed, "source", 0))
         if turns.student_steps:
@@ -168,7 +130,7 @@ class DistillationModule(pl.LightningModule):
         label = f"epoch {epoch + 1}/{self.turns.epochs}" + ("" if teaches else " warm-up")
         if steps == 0:
             return label
-        generator, student = (self.losses / (steps - epoch * self.turns.steps)).tolist()
+        generator, student = (self.losses.sums / (steps - epoch * self.turns.steps)).tolist()
         parts = [f"G {generator:.3g}"] if self.generator is not None else []
         return " ".join([label, *parts, *([f"S {student:.3g}"] if teaches else [])])
 
@@ -218,7 +180,7 @@ class DistillationModule(pl.LightningModule):
         """One step of the generator, and after the warm-up one of the student."""
         epoch = self.current_epoch
         if batch_idx == 0:
-            self.losses.zero_()
+            self.losses.open()
         terms: dict[str, Tensor] = {}
         draft = None
         if self.generator is not None:
@@ -243,15 +205,15 @@ class DistillationModule(pl.LightningModule):
         generator.source.constrain()
         if (schedule := self.lr_schedulers()) is not None:
             self.lr_scheduler_step(schedule, None)
-        self.losses[0] += loss.detach()
+        self.losses.add(GENERATOR, loss)
         return draft, {f"generator/{name}": term for name, term in terms.items()}
 
     def _teach_student(self, draft: Draft | None, epoch: int, step: int) -> dict[str, Tensor]:
-        done = (epoch - self.turns.warmup) * self.turns.steps + step
+        done = self.turns.student_step(epoch, step)
         wrapped, alone = self._optimizers[-1], self.generator is None
         optimizer = wrapped.optimizer
         for quantizer in self._averages:
-            quantizer.observing = done < self.turns.range_epochs * self.turns.steps
+            quantizer.observing = self.turns.observes(done)
         lesson = self._lesson(draft, epoch, step, done)
         terms = self.loss(self.student(lesson.images), lesson.targets, lesson.labels)
         for quantizer in self._averages:
@@ -262,7 +224,7 @@ class DistillationModule(pl.LightningModule):
         # Lightning counts the steps of its own wrapper: those of the first optimizer, once a batch.
         advance = wrapped.step if alone else optimizer.step
         self.learner.step(optimizer, advance, done, self.turns.student_steps)
-        self.losses[1] += loss.detach()
+        self.losses.add(STUDENT, loss)
         return {f"student/{name}": term for name, term in terms.items()}
 
     @torch.no_grad()
@@ -298,20 +260,11 @@ class DistillationModule(pl.LightningModule):
         return Lesson(joined(images), joined(targets), joined(labels))
 
     def _close(self, epoch: int) -> None:
-        """Report an epoch, and keep in mind the one with the least loss."""
-        mean = self.losses / self.turns.steps
-        if not bool(mean.isfinite().all()):
-            raise RuntimeError(
-                f"{self.stage}: expected finite losses in epoch {epoch}, got {float(mean[0])} of the generator and "
-                f"{float(mean[1])} of the student; lower the learning rate of the one that is not"
-            )
-        values = {"generator/epoch_loss": mean[0]} if self.generator is not None else {}
-        if epoch >= self.turns.warmup:
-            if epoch == self.turns.warmup:
-                self.first.copy_(mean[1])
-            if mean[1] < self.best[0]:
-                self.best.copy_(torch.stack([mean[1], torch.full_like(mean[1], epoch)]))
-            values |= {"student/epoch_loss": mean[1], "student/best_epoch": self.best[1]}
+        """Report an epoch."""
+        warmup = self.turns.warmup
+        values = self.losses.close(epoch, self.turns.steps, opens=epoch == warmup, teaches=epoch >= warmup)
+        if self.generator is None:
+            values.pop("generator/epoch_loss")
         self._write(values)
 
     def on_train_end(self) -> None:
@@ -326,10 +279,7 @@ class DistillationModule(pl.LightningModule):
         self.facts = {
             "student_steps": self.turns.student_steps,
             "learned": learned,
-            "loss_first_epoch": float(self.first),
-            "loss_last_epoch": float(self.losses[1] / self.turns.steps),
-            "best_loss_epoch": int(self.best[1]),
-            "best_loss": float(self.best[0]),
+            **self.losses.facts(self.turns.steps),
         }
 
     def expect_complete(self, done: int) -> None:

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from callbacks.sample_grid import save_grid
 from datamodules.calibration import CalibrationImages
-from lightning_modules.distillation import DistillationModule, Turns
+from lightning_modules.distillation import DistillationModule
 from lightning_modules.few_shot import FewShot
 from lightning_modules.generator import GeneratorModule
 from lightning_modules.saved_runs import plain, stated
 from lightning_modules.stored_synthesis import student_settings
+from lightning_modules.turns import Turns
 from networks.fingerprint import fingerprint
 from networks.teachers import Teacher
 from quantizers.convert import Conversion
