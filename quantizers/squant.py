@@ -3,7 +3,8 @@
 Guo et al., "SQuant: On-the-Fly Data-Free Quantization via Diagonal Hessian Approximation", ICLR 2022, arXiv 2202.07471,
 algorithms 1 and 2. Beside each weight's own error the objective counts the absolute sum of the errors of every kernel
 and of every output channel. Rounding to nearest comes first; then as few weights as possible, those nearest to the
-middle between two levels, go to their other neighbour: sums of kernels end within half a step, then sums of channels.
+middle between two levels, go to their other neighbour: until sums of kernels are within half a step, then until sums of
+channels are, which may take a kernel's up to one step.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from reconstruction.schedules import Phase, index_batches, seed_of
 Outputs = tuple[Tensor, ...]  # of a unit: as many as are read behind it
 
 
-def squared_error(y: Tensor, target: Tensor) -> Tensor:
-    """Summed over channels, averaged over positions and then over images."""
-    return (y - target).square().sum(1).view(len(y), -1).mean(1).mean()
+def error_power(difference: Tensor, objective: str) -> Tensor:
+    """Of each element."""
+    return difference.abs().pow(2.4) if objective == "lp" else difference.square()
 
 
 def kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -126,9 +126,10 @@ def plain_loop(
                 if objective == "pd":
                     images = (y - z[index]).square().sum(1).view(len(y), -1).mean(1)
                     return (images + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
+                powers = [error_power(y - z[index], objective) for y, z in zip(ys, zs, strict=True)]
+                images = [power.sum(1).view(len(y), -1).mean(1) for power in powers]
                 if len(ys) == 1:
-                    return squared_error(y, z[index])
-                images = [(y - z[index]).square().sum(1).view(len(y), -1).mean(1) for y, z in zip(ys, zs, strict=True)]
+                    return images[0].mean()
                 return torch.stack(images).sum(0).mean()
 
             with torch.no_grad():

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "regularizer_weight": 0.1,
     "seed": 3,
 }
-OBJECTIVES = {"mse": PowerError(), "fisher": DiagonalFisher(), "pd": PredictionDifference()}
+OBJECTIVES = {"mse": PowerError(), "lp": PowerError(2.4), "fisher": DiagonalFisher(), "pd": PredictionDifference()}
 
 
 def trainer_of(module: BlockReconstructionModule, **arguments: Any) -> pl.Trainer:

@@ -36,6 +36,7 @@ from tests.reconstruction.students import images, resnet8, student_of
     [
         (0.0, "mse", False, None),
         (0.5, "mse", False, None),
+        (0.5, "lp", False, partial(AdaQuant, range=MinMax(), weight_lr=0.05)),
         (0.0, "fisher", False, None),
         (0.5, "fisher", True, None),
         (0.5, "pd", False, None),

@@ -22,8 +22,9 @@ from quantizers.nearest import Nearest, NearestActivation
 from quantizers.obq import OBQ
 from quantizers.ranges import LpSearch, MinMax, Percentile, Range
 from quantizers.signround import SignRound
+from quantizers.squant import SQuant
 
-WEIGHT_METHODS = [Nearest, AdaRound, AdaQuant, GenieM, FlexRound, SignRound, GPTQ, OBQ]
+WEIGHT_METHODS = [Nearest, AdaRound, AdaQuant, GenieM, FlexRound, SignRound, SQuant, GPTQ, OBQ]
 ACTIVATION_METHODS = [NearestActivation, LSQ, LSQPlus]
 RANGES = [MinMax(), Percentile(99.0), LpSearch(steps=20)]
 

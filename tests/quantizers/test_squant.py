@@ -60,6 +60,7 @@ def test_sums_of_channels_and_kernels_are_bounded(bits: int, out: int, inp: int,
     error = errors(SQuant(weight, bits, range=MinMax()), weight)
     if inp * size * size > 20:  # in a small channel the two ends of the range, which cannot move outwards, weigh much
         assert float(error.sum((1, 2)).abs().max()) <= 0.5 + 1e-4
+    assert float(error.sum(-1).abs().max()) <= 1 + 1e-4
     assert float(error.abs().max()) < 1 + 1e-5
 
 
