@@ -236,7 +236,11 @@ def pivot_card(lines: list[str], methods: tuple[str, ...]) -> list[str]:
 
 
 def pivot(rows: list[dict[str, str]], name_of: Callable[[dict[str, str]], str] = method) -> list[str]:
-    """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and median seconds."""
+    """Lines of markdown: mean top-1 with its deviation over seeds, the best of a column bold, and median seconds.
+
+    Seconds of another machine than the one that most rows are from would be taken for another method's cost.
+    """
+    usual = statistics.mode(row["machine"] for row in rows)
     kinds = sorted({row["images"] for row in rows}, key=lambda kind: kind == "real")
     widths = sorted(
         {(int(row["w_bits"]), int(row["a_bits"])) for row in rows}, key=lambda wide: (-wide[0] * wide[1], wide)
@@ -255,7 +259,8 @@ def pivot(rows: list[dict[str, str]], name_of: Callable[[dict[str, str]], str] =
     for name in sorted({name for name, _ in cells}):
         of_it = [cells.get((name, column), []) for column in columns]
         shown = [cell(found, best.get(column, 0.0), diverging) for found, column in zip(of_it, columns, strict=True)]
-        seconds = [float(row["seconds"]) for found in of_it for row in found if row["images_from_store"] == "True"]
+        alike = [row for found in of_it for row in found if row["machine"] == usual]
+        seconds = [float(row["seconds"]) for row in alike if row["images_from_store"] == "True"]
         spent = f"{statistics.median(seconds):.0f}" if seconds else ""
         lines.append(f"| {name} | {' | '.join(shown)} | {spent} |")
     return lines

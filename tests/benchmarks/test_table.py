@@ -225,11 +225,18 @@ def test_every_job_of_a_plan_composes(name: str, line: list[str]):
 def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
     common = {"changes": "generator.steps=200", "recipe": "none", "pipeline": "fast", "corrections": "none"}
     common |= {"w_bits": "3", "a_bits": "3", "images": "dsg", "images_from_store": "True", "seconds": "20.0"}
+    common |= {"machine": "one"}
     rows = [
         common | {"weight": "adaround", "top1": "88.00"},
         common | {"weight": "adaround", "top1": "89.00"},
         common | {"weight": "adaround", "top1": "91.50", "w_bits": "8", "a_bits": "8"},
-        common | {"weight": "flexround", "top1": "88.40", "changes": "reconstruction.drop=0.0 weight.lr=1e-4"},
+        common
+        | {
+            "weight": "flexround",
+            "top1": "88.40",
+            "changes": "reconstruction.drop=0.0 weight.lr=1e-4",
+            "machine": "two",
+        },
         common | {"weight": "nearest", "top1": "80.00", "pipeline": "none", "images": "real"},
     ]
 
@@ -238,7 +245,7 @@ def test_pivot_has_a_row_a_method_a_column_a_width_and_marks_the_best():
     assert head == "| method | W8A8 dsg | W8A8 real | W3A3 dsg | W3A3 real | seconds |"
     assert lines == [
         "| adaround, block | **91.50** |  | **88.50 ± 0.71** |  | 20 |",
-        "| flexround, block, no drop |  |  | 88.40 |  | 20 |",
+        "| flexround, block, no drop |  |  | 88.40 |  |  |",
         "| nearest |  |  |  | **80.00** | 20 |",
     ]
     diverging = pivot([row | {"kl": "0.2"} for row in rows])[2:]
