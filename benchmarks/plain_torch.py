@@ -1,18 +1,20 @@
 """A unit of a student in plain torch, as research code writes it: what our quantizers and QDrop are timed against.
 
-AdaRound's soft weights, LSQ's activations and QDrop's mixing are composed of torch's own operations, each of which
-autograd records; nothing of ours is called. Layers with other quantizers are refused.
+AdaRound's soft weights, AdaQuant's free ones, LSQ's activations and QDrop's mixing are composed of torch's own
+operations, each of which autograd records; nothing of ours is called. Layers with other quantizers are refused.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quantizers.adaquant import AdaQuant
 from quantizers.adaround import AdaRound
 from quantizers.layer import ActivationSite, QuantizedLayer
 from quantizers.lsq import LSQ
@@ -21,6 +23,11 @@ from quantizers.lsq import LSQ
 def round_straight_through(x: Tensor) -> Tensor:
     """round(x) whose gradient is that of x."""
     return (x.round() - x).detach() + x
+
+
+def clipped(q: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp, but that what stands on a bound still learns, which depends on torch's release."""
+    return torch.where(q > high, high, torch.where(q < low, low, q))
 
 
 def mixed(quantized: Tensor, x: Tensor, drop: float) -> Tensor:
@@ -44,12 +51,35 @@ class PlainLSQ(nn.Module):
         return mixed(quantized, x, self.drop) if self.training and self.drop else quantized
 
 
-class PlainAdaRound(nn.Module):
-    """A convolution or linear layer with softly rounded weights."""
+class PlainLayer(nn.Module, ABC):
+    """A convolution or linear layer with a quantized weight."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @abstractmethod
+    def quantized(self) -> Tensor:
+        """The weight, on its grid or between two of its levels."""
+
+    def penalty(self, beta: float) -> Tensor:
+        """What is added to the loss."""
+        return torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized()
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        chosen = self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups
+        return F.conv2d(x, weight, self.layer.bias, *chosen)
+
+
+class PlainAdaRound(PlainLayer):
+    """Softly rounded weights."""
 
     def __init__(self, layer: Any, quantizer: AdaRound) -> None:
-        super().__init__()
-        self.layer, self.scale, self.zero_point = layer, quantizer.scale, quantizer.zero_point
+        super().__init__(layer)
+        self.scale, self.zero_point = quantizer.scale, quantizer.zero_point
         self.low, self.high = quantizer.grid.low, quantizer.grid.high
         self.alpha = nn.Parameter(quantizer.V.detach().clone())
 
@@ -61,34 +91,48 @@ class PlainAdaRound(nn.Module):
         """Zero once every rounding is decided."""
         return (1 - (2 * self.soft() - 1).abs().pow(beta)).mean()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self) -> Tensor:
         q = torch.floor(self.layer.weight / self.scale) + self.soft() + self.zero_point
-        weight = (torch.clamp(q, self.low, self.high) - self.zero_point) * self.scale
-        if isinstance(self.layer, nn.Linear):
-            return F.linear(x, weight, self.layer.bias)
-        chosen = self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups
-        return F.conv2d(x, weight, self.layer.bias, *chosen)
+        return (torch.clamp(q, self.low, self.high) - self.zero_point) * self.scale
+
+
+class PlainAdaQuant(PlainLayer):
+    """Free weights on a learned grid, straight through."""
+
+    def __init__(self, layer: Any, quantizer: AdaQuant) -> None:
+        super().__init__(layer)
+        self.low, self.high = quantizer.grid.low, quantizer.grid.high
+        started = quantizer.weight, quantizer.scale, quantizer.zero_point
+        self.weight, self.scale, self.zero_point = (nn.Parameter(t.detach().clone()) for t in started)
+
+    def quantized(self) -> Tensor:
+        zero_point = round_straight_through(clipped(self.zero_point, self.low, self.high))
+        q = clipped(round_straight_through(self.weight / self.scale) + zero_point, self.low, self.high)
+        return (q - zero_point) * self.scale
 
 
 def plain(unit: fx.GraphModule, drop: float) -> fx.GraphModule:
     """A copy of a student's unit in which every quantizer is a plain one.
 
     Raises:
-        ValueError: naming a quantizer that is neither AdaRound nor LSQ.
+        ValueError: naming a quantizer that is none of AdaRound, AdaQuant and LSQ.
     """
     unit = copy.deepcopy(unit)
     for path, module in list(unit.named_modules()):
         if isinstance(module, QuantizedLayer):
-            unit.set_submodule(path, PlainAdaRound(module.layer, _as(AdaRound, module.weight_quantizer, path)))
+            quantizer = module.weight_quantizer
+            kind = PlainAdaQuant if isinstance(quantizer, AdaQuant) else PlainAdaRound
+            unit.set_submodule(path, kind(module.layer, _as((AdaRound, AdaQuant), quantizer, path)))
         elif isinstance(module, ActivationSite):
-            unit.set_submodule(path, PlainLSQ(_as(LSQ, module.quantizer, path), drop))
+            unit.set_submodule(path, PlainLSQ(_as((LSQ,), module.quantizer, path), drop))
     return unit
 
 
-def _as(kind: type[Any], quantizer: Any, path: str) -> Any:
-    if not isinstance(quantizer, kind):
+def _as(kinds: tuple[type[Any], ...], quantizer: Any, path: str) -> Any:
+    if not isinstance(quantizer, kinds):
         raise ValueError(
-            f"{path}: expected {kind.__name__}, got {type(quantizer).__name__}; choose weight=adaround activation=lsq"
+            f"{path}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(quantizer).__name__}; choose "
+            "weight=adaround or weight=adaquant, and activation=lsq"
         )
     return quantizer
 
@@ -97,21 +141,33 @@ class PlainStep:
     """One step of QDrop on a unit: batch, mixing of inputs, forward, loss, backward, Adam.
 
     Args:
-        unit: of a student, with AdaRound and LSQ.
+        unit: of a student, with AdaRound or AdaQuant, and LSQ.
         inputs: of the unit in the student and in the float network, one tensor each.
         target: what the unit should give.
         batch_size: images a step.
         drop: QDrop's probability; 0 switches it off.
+        power: of the error's absolute values.
+        biases: whether these are learned too.
     """
 
     def __init__(
-        self, unit: fx.GraphModule, inputs: tuple[Tensor, Tensor], target: Tensor, *, batch_size: int, drop: float
+        self,
+        unit: fx.GraphModule,
+        inputs: tuple[Tensor, Tensor],
+        target: Tensor,
+        *,
+        batch_size: int,
+        drop: float,
+        power: float = 2.0,
+        biases: bool = False,
     ) -> None:
         self.unit = plain(unit, drop).train()
-        self.inputs, self.target, self.batch_size, self.drop = inputs, target, batch_size, drop
-        self.layers = [m for m in self.unit.modules() if isinstance(m, PlainAdaRound)]
+        self.inputs, self.target, self.batch_size, self.drop, self.power = inputs, target, batch_size, drop, power
+        self.layers = [m for m in self.unit.modules() if isinstance(m, PlainLayer)]
         sites = [m for m in self.unit.modules() if isinstance(m, PlainLSQ)]
         parameters = [p for m in (*self.layers, *sites) for p in m.parameters(recurse=False)]
+        if biases:
+            parameters += [m.layer.bias.requires_grad_() for m in self.layers if m.layer.bias is not None]
         self.optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
     def __call__(self) -> None:
@@ -119,8 +175,9 @@ class PlainStep:
         x = self.inputs[0][index]
         if self.drop:
             x = mixed(x, self.inputs[1][index], self.drop)
-        error = (self.unit(x)[0] - self.target[index]).square().sum(1).mean()
-        loss = error + 0.1 * torch.stack([layer.penalty(11.0) for layer in self.layers]).sum()
+        difference = self.unit(x)[0] - self.target[index]
+        powers = difference.square() if self.power == 2.0 else difference.abs().pow(self.power)
+        loss = powers.sum(1).mean() + 0.1 * torch.stack([layer.penalty(11.0) for layer in self.layers]).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

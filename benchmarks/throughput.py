@@ -123,6 +123,8 @@ def reconstruction_in_plain_torch(cfg: Any, teacher: Teacher, batch: int, steps:
         cache.targets[0],
         batch_size=cfg.reconstruction.batch_size,
         drop=cfg.reconstruction.drop,
+        power=cfg.reconstruction.objective.p,
+        biases=cfg.reconstruction.bias_lr is not None,
     )
     return ours, plain_timed(step, steps)
 
@@ -218,13 +220,14 @@ def composed(network: str, generator: str, learned: str, options: argparse.Names
 
 
 def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each generator and each way to learn, one of QDrop in plain torch, and of the whole if asked."""
+    """A row for each generator and each way to learn, two of QDrop in plain torch, and of the whole if asked."""
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float | str]] = [
         ("synthesis", name, synthesis, 1.25) for name in options.generators
     ]
     cases += [("reconstruction", learned, reconstruction, 1.15) for learned in options.reconstruction]
-    cases.append(("reconstruction, all plain", "reconstruction=qdrop", reconstruction_in_plain_torch, 1.15))
+    plain = "reconstruction=qdrop", "pipeline=calibrant_fast"
+    cases += [("reconstruction, all plain", learned, reconstruction_in_plain_torch, 1.15) for learned in plain]
     if options.whole:
         cases += [("whole network", learned, whole_network, "") for learned in options.reconstruction]
     rows = []
