@@ -59,7 +59,7 @@ CARD_FILES = ("synthesis_cifar10", "bn_free")
 PIVOT_CARDS = {  # by document: how the methods that it is about begin in the table of calibration_cifar10
     "docs/methods/adaround.md": ("adaround, block", "adaround, layer"),
     "docs/methods/adaquant.md": ("adaquant", "pipeline advanced"),
-    "docs/methods/genie_m.md": ("genie_m",),
+    "docs/methods/genie_m.md": ("genie_m", "pipeline genie_m"),
     "docs/methods/flexround.md": ("flexround",),
     "docs/methods/signround.md": ("signround",),
     "docs/methods/squant.md": ("squant", "nearest", "pipeline calibrant_light"),
@@ -67,8 +67,8 @@ PIVOT_CARDS = {  # by document: how the methods that it is about begin in the ta
     "docs/methods/gptq.md": ("gptq", "nearest"),
     "docs/methods/obq.md": ("obq", "gptq"),
     "docs/methods/merged.md": ("adaround, block", "adaround, merged", "adaround, stage", "adaround, network"),
-    "docs/methods/qdrop.md": ("adaround, block",),
-    "docs/methods/brecq.md": ("adaround, block", "adaround, layer"),
+    "docs/methods/qdrop.md": ("adaround, block", "pipeline qdrop"),
+    "docs/methods/brecq.md": ("adaround, block", "adaround, layer", "pipeline brecq"),
     "docs/methods/bn_reestimation.md": ("pipeline light", "pipeline calibrant_light"),
     "docs/pipelines.md": ("pipeline",),
 }

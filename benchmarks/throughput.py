@@ -220,7 +220,7 @@ def composed(network: str, generator: str, learned: str, options: argparse.Names
 
 
 def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each generator and each way to learn, two of QDrop in plain torch, and of the whole if asked."""
+    """A row for each generator and each way to learn, two in plain torch, and of the whole if asked."""
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float | str]] = [
         ("synthesis", name, synthesis, 1.25) for name in options.generators
