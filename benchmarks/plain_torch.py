@@ -111,6 +111,10 @@ class PlainAdaQuant(PlainLayer):
         return (q - zero_point) * self.scale
 
 
+WEIGHTS: dict[type[Any], type[Any]] = {AdaRound: PlainAdaRound, AdaQuant: PlainAdaQuant}
+ACTIVATIONS: dict[type[Any], type[Any]] = {LSQ: PlainLSQ}
+
+
 def plain(unit: fx.GraphModule, drop: float) -> fx.GraphModule:
     """A copy of a student's unit in which every quantizer is a plain one.
 
@@ -121,20 +125,19 @@ def plain(unit: fx.GraphModule, drop: float) -> fx.GraphModule:
     for path, module in list(unit.named_modules()):
         if isinstance(module, QuantizedLayer):
             quantizer = module.weight_quantizer
-            kind = PlainAdaQuant if isinstance(quantizer, AdaQuant) else PlainAdaRound
-            unit.set_submodule(path, kind(module.layer, _as((AdaRound, AdaQuant), quantizer, path)))
+            unit.set_submodule(path, _plain_of(WEIGHTS, quantizer, path)(module.layer, quantizer))
         elif isinstance(module, ActivationSite):
-            unit.set_submodule(path, PlainLSQ(_as((LSQ,), module.quantizer, path), drop))
+            unit.set_submodule(path, _plain_of(ACTIVATIONS, module.quantizer, path)(module.quantizer, drop))
     return unit
 
 
-def _as(kinds: tuple[type[Any], ...], quantizer: Any, path: str) -> Any:
-    if not isinstance(quantizer, kinds):
+def _plain_of(kinds: dict[type[Any], type[Any]], quantizer: Any, path: str) -> type[Any]:
+    if type(quantizer) not in kinds:
         raise ValueError(
             f"{path}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(quantizer).__name__}; choose "
             "weight=adaround or weight=adaquant, and activation=lsq"
         )
-    return quantizer
+    return kinds[type(quantizer)]
 
 
 class PlainStep:

@@ -261,8 +261,7 @@ class DistillationModule(pl.LightningModule):
 
     def _close(self, epoch: int) -> None:
         """Report an epoch."""
-        warmup = self.turns.warmup
-        values = self.losses.close(epoch, self.turns.steps, opens=epoch == warmup, teaches=epoch >= warmup)
+        values = self.losses.close(epoch, self.turns)
         if self.generator is None:
             values.pop("generator/epoch_loss")
         self._write(values)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.turns import Turns
+
 GENERATOR, STUDENT = 0, 1
 
 
@@ -31,25 +33,21 @@ class EpochLosses(nn.Module):
         """Count the loss of a step of `GENERATOR` or `STUDENT`."""
         self.sums[learner] += loss.detach()
 
-    def close(self, epoch: int, steps: int, *, opens: bool, teaches: bool) -> dict[str, Tensor]:
-        """Means of an epoch of `steps` by name; keep the student's least, which is reported and never taken.
-
-        Args:
-            opens: the student learned for the first time in it.
-            teaches: the student learned in it.
+    def close(self, epoch: int, turns: Turns) -> dict[str, Tensor]:
+        """Means of an epoch by name, after the warm-up of the student too, whose least is reported and never taken.
 
         Raises:
             RuntimeError: if one is not finite.
         """
-        mean = self.sums / steps
+        mean = self.sums / turns.steps
         if not bool(mean.isfinite().all()):
             raise RuntimeError(
                 f"distillation: expected finite losses in epoch {epoch}, got {float(mean[GENERATOR])} of the generator "
                 f"and {float(mean[STUDENT])} of the student; lower the learning rate of the one that is not"
             )
         values = {"generator/epoch_loss": mean[GENERATOR]}
-        if teaches:
-            if opens:
+        if epoch >= turns.warmup:
+            if epoch == turns.warmup:
                 self.first.copy_(mean[STUDENT])
             if mean[STUDENT] < self.best[0]:
                 self.best.copy_(torch.stack([mean[STUDENT], torch.full_like(mean[STUDENT], epoch)]))

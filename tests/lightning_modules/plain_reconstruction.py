@@ -123,13 +123,10 @@ def plain_loop(
                 y, z = ys[0], zs[0]
                 if w is not None:
                     return (w[index] * (y - z[index]).square()).sum(1).view(len(y), -1).mean(1).mean()
-                if objective == "pd":
-                    images = (y - z[index]).square().sum(1).view(len(y), -1).mean(1)
-                    return (images + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
                 powers = [error_power(y - z[index], objective) for y, z in zip(ys, zs, strict=True)]
                 images = [power.sum(1).view(len(y), -1).mean(1) for power in powers]
-                if len(ys) == 1:
-                    return images[0].mean()
+                if objective == "pd":
+                    return (images[0] + 10.0 * kl(logits[index], tail(y), 4.0)).mean()
                 return torch.stack(images).sum(0).mean()
 
             with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_modules.epoch_losses import GENERATOR, STUDENT, EpochLosses
+from lightning_modules.turns import Turns
 
 
 def test_against_plain_means() -> None:
@@ -16,7 +17,7 @@ def test_against_plain_means() -> None:
         for loss in row:
             losses.add(GENERATOR, 2 * loss)
             losses.add(STUDENT, loss)
-        reported.append(losses.close(epoch, 2, opens=epoch == 0, teaches=True))
+        reported.append(losses.close(epoch, Turns(epochs=3, steps=2)))
     assert [float(values["student/epoch_loss"]) for values in reported] == steps.mean(1).tolist()
     assert [float(values["generator/epoch_loss"]) for values in reported] == (2 * steps.mean(1)).tolist()
     assert [int(values["student/best_epoch"]) for values in reported] == [0, 0, 0]
@@ -28,7 +29,7 @@ def test_against_plain_means() -> None:
 def test_a_warm_up_says_nothing_of_the_student() -> None:
     losses = EpochLosses()
     losses.add(GENERATOR, torch.tensor(1.0))
-    assert set(losses.close(0, 1, opens=False, teaches=False)) == {"generator/epoch_loss"}
+    assert set(losses.close(0, Turns(epochs=2, warmup=1, steps=1))) == {"generator/epoch_loss"}
     assert losses.best.tolist() == [torch.inf, -1.0]
 
 
@@ -36,4 +37,4 @@ def test_a_loss_that_is_not_finite_names_its_epoch() -> None:
     losses = EpochLosses()
     losses.add(STUDENT, torch.tensor(torch.nan))
     with pytest.raises(RuntimeError, match=r"epoch 3, got 0.0 of the generator and nan of the student"):
-        losses.close(3, 1, opens=False, teaches=True)
+        losses.close(3, Turns(epochs=4, steps=1))
