@@ -18,7 +18,7 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def composed(network: str, generator: str, learned: str, options: argparse.Names
         return compose("config", overrides=overrides)
 
 
-def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(network: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each generator and each way to learn, two in plain torch, and of the whole if asked."""
     batch = CASES[network]
     cases: list[tuple[str, str, Stage, float | str]] = [
@@ -230,7 +230,6 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     cases += [("reconstruction, all plain", learned, reconstruction_in_plain_torch, 1.15) for learned in plain]
     if options.whole:
         cases += [("whole network", learned, whole_network, "") for learned in options.reconstruction]
-    rows = []
     for stage, preset, function, goal in cases:
         made = stage == "synthesis"
         generator, learned = (preset, "reconstruction=none") if made else ("zeroq", preset)
@@ -243,21 +242,26 @@ def measure(network: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         ours, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         size, name = batch if made else cfg.reconstruction.batch_size, preset.removeprefix("reconstruction=")
-        rows.append(
-            {
-                "network": network, "stage": stage, "preset": name, "batch": size, "ratio": round(ratio, 3),
-                "goal": goal,
-                "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": steps,
-                "rounds": options.rounds, "machine": machine(), "commit": commit(),
-                "date": datetime.now(UTC).date().isoformat(),
-            }
-        )  # fmt: skip
         asked = f" (goal {goal})" if goal else ""
         print(
             f"{network:18} {stage:25} {name:24} ratio {ratio:.3f}{asked}  ours {ours:.4f} s  bare {bare:.4f} s",
             flush=True,
         )
-    return rows
+        yield {
+            "network": network, "stage": stage, "preset": name, "batch": size, "ratio": round(ratio, 3),
+            "goal": goal,
+            "seconds_per_step": round(ours, 5), "bare_seconds_per_step": round(bare, 5), "steps": steps,
+            "rounds": options.rounds, "machine": machine(), "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }  # fmt: skip
+
+
+def keep(row: dict[str, Any], path: Path = RESULTS) -> None:
+    """Write the row at once, in place of that of the same case: hours of others do not hang on the next."""
+    case = "network", "stage", "preset"
+    rows = [*(old for old in read_rows(path) if any(old[key] != row[key] for key in case)), row]
+    columns = dict.fromkeys(key for each in (row, *rows) for key in each)  # older rows may lack some
+    write_csv(path, [{key: each.get(key, "") for key in columns} for each in rows])
 
 
 def main() -> None:
@@ -285,11 +289,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     quieten()
     logging.getLogger("reconstruction").setLevel(logging.ERROR)  # so few steps decide nothing
-    rows = [row for network in options.network for row in measure(network, options)]
-    again = {(row["network"], row["stage"], row["preset"]) for row in rows}
-    old = [row for row in read_rows(RESULTS) if (row["network"], row["stage"], row["preset"]) not in again]
-    columns = dict.fromkeys(key for row in (*rows, *old) for key in row)  # older rows may lack some
-    write_csv(RESULTS, [{key: row.get(key, "") for key in columns} for row in (*old, *rows)])
+    for network in options.network:
+        for row in measure(network, options):
+            keep(row)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,19 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.throughput import StepTimer, fit_timed, measure
+from benchmarks.table import read_rows
+from benchmarks.throughput import StepTimer, fit_timed, keep, measure
 
 
 def test_both_stages_are_measured_on_a_small_network() -> None:
     learned = ["reconstruction=brecq", "pipeline=calibrant_fast"]
     options = argparse.Namespace(steps=3, rounds=1, whole=2, generators=["dsg", "genie"], reconstruction=learned)
-    rows = measure("cifar10_resnet20", options)
+    rows = list(measure("cifar10_resnet20", options))
     names = ["brecq", "pipeline=calibrant_fast"]
     assert [row["preset"] for row in rows] == ["dsg", "genie", *names, "qdrop", "pipeline=calibrant_fast", *names]
     assert [row["steps"] for row in rows] == [3, 3, 3, 3, 3, 3, 2, 2]
     for row in rows:
         assert row["ratio"] > 0
         assert row["seconds_per_step"] > 0 < row["bare_seconds_per_step"]
+
+
+def test_a_case_is_kept_at_once_in_place_of_its_old_row(tmp_path: Path) -> None:
+    path = tmp_path / "throughput.csv"
+    old = {"network": "a", "stage": "synthesis", "preset": "dsg", "ratio": 2.0}
+    keep(old, path)
+    keep({**old, "preset": "zeroq"}, path)
+    keep({**old, "ratio": 1.5, "goal": 1.25}, path)
+    assert read_rows(path) == [
+        {"network": "a", "stage": "synthesis", "preset": "zeroq", "ratio": "2.0", "goal": ""},
+        {"network": "a", "stage": "synthesis", "preset": "dsg", "ratio": "1.5", "goal": "1.25"},
+    ]
 
 
 class Sleeper(pl.LightningModule):
